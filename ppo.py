@@ -1,0 +1,693 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium[classic-control,mujoco]==1.4.0",
+#   "mujoco==3.8.1",
+#   "numpy==2.4.6",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+# ]
+# ///
+"""Proximal policy optimization: many small gradient steps on one batch, held near the policy that collected it.
+
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), Algorithm 1; advantages from
+Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE).
+
+    for each iteration:
+        1. anneal the learning rate
+        2. run the policy π_old for T steps in each of N environments
+        3. scale the rewards by the running deviation of the discounted return
+        for each epoch:
+            4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11);  G_t = A_t + V(s_t)
+            5. for each minibatch: one Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
+               L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
+        6. update the observation statistics, then log, evaluate and save
+
+What departs from the paper, and why: the advantages are computed anew every epoch with the newest critic (the largest
+single gain in Tianshou's trials); they are normalised per minibatch; observations and rewards can be scaled by running
+statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true successor, it is not the end of
+the task. Actor and critic are two networks, so vf_coef only weighs them in the common clipping. V is not clipped.
+
+Compare with a2c.py: one step on the whole batch, with log π in the place of ρ.
+
+    python ppo.py
+    python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
+        --update-epochs 10 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1 \
+        --normalize-obs --normalize-rewards
+    python ppo.py --env-id Pendulum-v1 --num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 \
+        --gamma 0.9 --gae-lambda 0.95
+"""
+
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class Args:
+    """Flags of the command line; the defaults solve CartPole-v1."""
+
+    # Experiment
+    env_id: str = "CartPole-v1"  # Gymnasium environment with Box or Discrete observations and actions
+    seed: int = 1  # of everything random: networks, actions, environments
+    total_timesteps: int = 100_000  # environment steps over all environments, rounded up to a whole iteration
+    num_envs: int = 8  # environments that are stepped together, N
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
+    num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
+    compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
+    run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
+    resume: bool = False  # go on from the checkpoint in --run-dir if there is one
+    checkpoint_every: int = (
+        100_000  # environment steps between checkpoints, where all environments start anew; 0: never
+    )
+    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: only at the end
+    eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
+
+    # Algorithm
+    num_steps: int = 32  # steps of each environment in a rollout, T
+    learning_rate: float = 1e-3  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly towards 0
+    gamma: float = 0.98  # discount γ
+    gae_lambda: float = 0.8  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
+    update_epochs: int = 20  # passes over each batch
+    num_minibatches: int = 1  # minibatches in a pass; must divide num_steps x num_envs
+    clip_coef: float = 0.2  # ε: the ratio earns nothing outside of [1 - ε, 1 + ε]
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # the gradient of all parameters together is clipped to this norm
+    target_kl: float = 0.0  # no further epoch once one has ended with a mean approximate KL above this; 0: off
+    normalize_advantages: bool = True  # shift and scale the advantages of each update to mean 0 and deviation 1
+    normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
+    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    hidden_size: int = 64  # width of the two hidden layers of each network
+    log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.batch_size}")
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions in one rollout, B = T N."""
+        return self.num_steps * self.num_envs
+
+
+def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
+    """A plain list of environments; observations come out flat (Box reshaped, Discrete one-hot)."""
+    try:
+        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+    obs_space, action_space = envs[0].observation_space, envs[0].action_space
+    if not isinstance(obs_space, spaces.Box | spaces.Discrete):
+        fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
+    if not isinstance(action_space, spaces.Discrete) and getattr(action_space.dtype, "kind", "") != "f":
+        fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
+    flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
+    return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
+
+
+def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
+    """tanh network; orthogonal weights with gain √2 (`output_gain` in the last layer), zero biases."""
+    layers: list[nn.Module] = []
+    gains = [math.sqrt(2)] * (len(sizes) - 2) + [output_gain]
+    for (fan_in, fan_out), gain in zip(pairwise(sizes), gains, strict=True):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class CategoricalActor(nn.Module):
+    """Softmax policy over discrete actions: π(a|s) = exp z_a(s) / Σ_b exp z_b(s)."""
+
+    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.net = mlp([obs_dim, hidden_size, hidden_size, num_actions], 0.01)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
+        return -torch.empty(*shape, self.num_actions).exponential_().log()
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """Actions (B,) from observations (B, obs_dim); noise 0 gives the most likely one."""
+        return (self.net(obs) + noise).argmax(-1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and the entropy −Σ_a π(a|s) log π(a|s), of the shape of `actions`."""
+        logprobs = self.net(obs).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+
+
+class GaussianActor(nn.Module):
+    """Gaussian policy over continuous actions: π(·|s) = N(μ(s), diag σ²), where log σ is a parameter."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
+        super().__init__()
+        self.net = mlp([obs_dim, hidden_size, hidden_size, action_dim], 0.01)
+        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
+
+    def noise(self, *shape: int) -> Tensor:
+        """Standard normal noise, (*shape, action_dim)."""
+        return torch.randn(*shape, len(self.log_std))
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """Actions (B, action_dim) from observations (B, obs_dim); noise 0 gives the most likely one, the mean."""
+        return self.net(obs) + self.log_std.exp() * noise
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) = −Σ_d (z_d²/2 + log σ_d + log √(2π)), z = (a − μ)/σ, and the entropy Σ_d log(σ_d √(2πe))."""
+        z = (actions - self.net(obs)) / self.log_std.exp()
+        logprobs = -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return logprobs, entropy.expand_as(logprobs)
+
+
+class Critic(nn.Module):
+    """State value V(s): (..., obs_dim) to (...)."""
+
+    def __init__(self, obs_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.net = mlp([obs_dim, hidden_size, hidden_size, 1], 1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+class RunningNorm(nn.Module):
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows seen so far, in float64."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        for name, value in (("count", 0.0), ("mean", torch.zeros(shape)), ("var", torch.ones(shape))):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("shift", torch.zeros(shape))
+
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+        x = x.double().reshape(-1, *self.mean.shape)
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        sum_squares = self.var * self.count + x.var(0, correction=0) * len(x)
+        self.var.copy_((sum_squares + delta**2 * self.count * len(x) / total) / total)
+        self.mean.add_(delta * len(x) / total)
+        self.count.copy_(total)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+        self.shift.copy_(-self.mean * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale + self.shift).clamp(-10, 10)
+
+
+class Agent(nn.Module):
+    """The policy, the critic, and the statistics that normalise what both of them see."""
+
+    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float, normalize_obs: bool) -> None:
+        super().__init__()
+        obs_dim, space = env.observation_space.shape[0], env.action_space
+        self.obs_norm = RunningNorm(obs_dim) if normalize_obs else nn.Identity()
+        if isinstance(space, spaces.Discrete):
+            self.actor = CategoricalActor(obs_dim, int(space.n), hidden_size)
+        else:
+            self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
+        self.critic = Critic(obs_dim, hidden_size)
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """The policy's actions for raw observations (B, obs_dim); noise 0 gives the greedy ones."""
+        return self.actor.act(self.obs_norm(obs), noise)
+
+
+def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
+    """y_t = x_t + c_t y_{t+1} with y_T = 0, along the first axis, for x and discounts c of one shape (T, ...).
+
+    Takes log2 T passes in place of T steps: after pass k, y_t holds its first 2^k terms and c_t the product of as many
+    discounts (Hillis and Steele 1986).
+    """
+    assert x.shape == discounts.shape
+    y, c, reach = x, discounts, 1
+    while reach < len(x):
+        y = torch.cat([y[:-reach] + c[:-reach] * y[reach:], y[-reach:]])
+        c = torch.cat([c[:-reach] * c[reach:], c[-reach:]])
+        reach *= 2
+    return y
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    dones: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
+
+    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t);  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
+    A time limit cuts the sum, but its last δ bootstraps: only termination makes the future worth nothing.
+    """
+    assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
+    td_errors = rewards + gamma * ~terminated * next_values - values
+    return discounted_sum(td_errors, gamma * gae_lambda * ~dones)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """(x − mean) / (deviation + 1e-8) over all entries; zeros where all are equal."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) -> tuple[Tensor, Tensor, Tensor]:
+    """−mean min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = exp(logratio) (PPO eq. 7), for (B,) and (B,).
+
+    Also gives approx_kl = mean((ρ − 1) − log ρ), an estimate of KL(π_old‖π_θ) that is never negative, and the
+    fraction of samples whose ratio left the interval.
+    """
+    assert logratio.shape == advantages.shape
+    ratio = logratio.exp()
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    with torch.no_grad():
+        return policy_loss, (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """mean (V(s) − G)² over (B,); G is a constant."""
+    assert values.shape == returns.shape
+    return (values - returns.detach()).square().mean()
+
+
+def ppo_loss(
+    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, returns: Tensor, *,
+    clip_coef: float, vf_coef: float, ent_coef: float, normalize_advantages: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """L_clip + vf_coef L_V − ent_coef H, to be minimised (PPO eq. 9 with its sign turned), and what to log of it."""
+    new_logprobs, entropy = agent.actor(obs, actions)
+    advantages = normalize(advantages) if normalize_advantages else advantages
+    policy_loss, approx_kl, clipfrac = clipped_surrogate(new_logprobs - old_logprobs, advantages, clip_coef)
+    v_loss, entropy = value_loss(agent.critic(obs), returns), entropy.mean()
+    metrics = {"policy_loss": policy_loss, "value_loss": v_loss, "entropy": entropy}
+    metrics |= {"approx_kl": approx_kl, "clipfrac": clipfrac}
+    return policy_loss + vf_coef * v_loss - ent_coef * entropy, metrics
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
+    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: Tensor  # s_t (T, N, obs_dim), raw
+    next_obs: Tensor  # s'_t (T, N, obs_dim), the true successor, also where an episode ended
+    actions: Tensor  # a_t (T, N) or (T, N, action_dim), in the policy's units, not clipped
+    rewards: Tensor  # r_t (T, N), received for a_t
+    terminated: Tensor  # (T, N), s'_t ends the task: its value is 0
+    dones: Tensor  # (T, N), terminated or truncated: the next row starts a new episode
+    discounted_returns: Tensor  # r_t + γ r_{t-1} + γ² r_{t-2} + ... back to the start of the episode (T, N)
+
+
+class Collector:
+    """Steps N environments, and carries the unfinished episodes from one rollout to the next."""
+
+    def __init__(self, envs: list[gym.Env], gamma: float, device: torch.device) -> None:
+        self.envs, self.gamma, self.device = envs, gamma, device
+        self.to_env = action_map(envs[0].action_space)
+
+    def reset(self, seed: int, iteration: int) -> None:
+        """Drops the unfinished episodes and starts all environments from seeds made of (seed, iteration, index)."""
+        resets = [env.reset(seed=env_seed(seed, 0, iteration, i)) for i, env in enumerate(self.envs)]
+        self.obs = np.array([obs for obs, _ in resets], np.float32)
+        self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
+
+    @torch.no_grad()
+    def collect(self, agent: Agent, num_steps: int) -> tuple[Rollout, list[tuple[int, float, int]]]:
+        """Runs the policy for T steps; also gives (steps taken, return, length) for each episode that ended."""
+        shape, actions, ended = (num_steps, len(self.envs)), [], []
+        obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
+        rewards, discounted_returns = np.empty((2, *shape), np.float32)
+        terminated, dones = np.empty((2, *shape), bool)
+        noise = agent.actor.noise(*shape).to(self.device)  # for the whole rollout at once
+        for t in range(num_steps):
+            obs[t] = self.obs
+            actions.append(agent.act(torch.from_numpy(obs[t]).to(self.device), noise[t]).cpu())
+            env_actions = self.to_env(actions[t].numpy())
+            for i, env in enumerate(self.envs):
+                next_obs[t, i], reward, terminated[t, i], truncated, _ = env.step(env_actions[i])
+                episodic_return, length, discounted = self.episodes[i]
+                self.episodes[i] = (episodic_return + reward, length + 1, reward + self.gamma * discounted)
+                rewards[t, i], discounted_returns[t, i] = reward, self.episodes[i][2]
+                self.obs[i], dones[t, i] = next_obs[t, i], terminated[t, i] or truncated
+                if dones[t, i]:
+                    ended.append((t * len(self.envs) + i + 1, *self.episodes[i][:2]))
+                    self.obs[i], _ = env.reset()
+                    self.episodes[i] = (0.0, 0, 0.0)
+        arrays = (obs, next_obs, torch.stack(actions), rewards, terminated, dones, discounted_returns)
+        return Rollout(*(torch.as_tensor(x) for x in arrays)), ended
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Leaves with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check_flags(args: Any) -> None:
+    """Raises ValueError, in one sentence, for the first number that its flag cannot mean."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool | str) or name == "log_std_init":
+            continue
+        low = 0 if isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every") else 1
+        high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
+        if not low <= value <= high:  # nan neither
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def set_up(device: str, num_threads: int, seed: int) -> torch.device:
+    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; gives the device."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
+        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
+    if chosen != "cpu" and (torch.device(chosen).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+    return torch.device(chosen)
+
+
+def env_seed(seed: int, *stream: int) -> int:
+    """The seed of a stream: (0, iteration, index) for training, (1,) for evaluation. Streams do not overlap."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
+
+
+def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) such that the environment's action is scale x the policy's + shift.
+
+    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
+    """
+    if isinstance(space, spaces.Discrete):
+        return np.int64(1), space.start
+    finite = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
+    return (high - low) / 2, (high + low) / 2
+
+
+def action_map(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
+    scale, shift = action_units(space)
+    if isinstance(space, spaces.Discrete):
+        return lambda actions: actions + shift
+    low, high, shape = space.low, space.high, (-1, *space.shape)
+    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
+
+
+@torch.no_grad()
+def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
+    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
+
+    The start states are the same at every call. Nothing that training reads is written, and no noise is drawn.
+    """
+    device, to_env = next(agent.parameters()).device, action_map(env.action_space)
+    total, length = 0.0, 0
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=env_seed(seed, 1) if episode == 0 else None)
+        done = False
+        while not done:
+            action = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0), 0.0)
+            obs, reward, terminated, truncated, _ = env.step(to_env(action.cpu().numpy())[0])
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+    return total / episodes, length / episodes
+
+
+def make_update(loss: Callable, optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool) -> Callable:
+    """Gives update(*batch): one optimiser step along the gradient of `loss`, clipped to a norm over all parameters.
+
+    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def gradient(*batch: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        value, metrics = loss(*batch)
+        grads = torch.autograd.grad(value, params)
+        grad_norm = nn.utils.get_total_norm(grads)
+        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
+        return [grad * scale for grad in grads], metrics | {"losses/grad_norm": grad_norm}
+
+    if compile:
+        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
+        gradient = torch.compile(gradient)
+
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        grads, metrics = gradient(*batch)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        return metrics
+
+    return update
+
+
+def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each metric over the updates, copied from the device in one go."""
+    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
+    return dict(zip(metrics[0], means.tolist(), strict=True))
+
+
+def check_finite(step: int, values: dict) -> None:
+    """Ends the run at the first number that is not finite, before it can reach a checkpoint."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
+        elif isinstance(value, Tensor | float) and not torch.as_tensor(value).isfinite().all():
+            fail(f"{name} is not finite in the iteration from step {step:,}; the last checkpoint stays as it was", 1)
+
+
+class Run:
+    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
+
+    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
+    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
+    no environment needs saving, and the two agree bit for bit.
+    """
+
+    def __init__(self, args: Any, **parts: Any) -> None:
+        self.args, self.parts = args, parts
+        self.step = self.iteration = self.signal = 0
+        self.fresh_start, self.metrics, self.last_return, self.shown = True, {}, math.nan, -math.inf
+        self.eval_env = make_envs(args.env_id, 1)[0]
+        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        self.path = self.dir / "checkpoint.pt"
+        if args.resume and not args.run_dir:
+            fail("--resume needs --run-dir, the run to go on with")
+        if args.resume and self.path.exists():
+            self.load()
+        elif self.dir.is_file() or (self.dir.exists() and not args.resume and any(self.dir.iterdir())):
+            fail(f"{self.dir} is not an empty directory: add --resume to go on with the run in it, or name another")
+
+    def load(self) -> None:
+        """Takes everything from the checkpoint, or refuses it."""
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            script, flags = saved["script"], saved["args"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError):
+            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+        now = asdict(self.args) | {"script": SCRIPT}
+        then = flags | {"script": script}
+        changed = [k for k in now | then if k not in FREE_FLAGS and (k in now, now.get(k)) != (k in then, then.get(k))]
+        if changed:
+            differences = ", ".join(f"{k} (was {then.get(k)}, is {now.get(k)})" for k in changed)
+            fail(f"{self.path} can go on only with the flags it was made with; these differ: {differences}")
+        for part in self.parts:
+            self.parts[part].load_state_dict(saved[part])
+        self.step, self.iteration = saved["step"], saved["iteration"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self) -> None:
+        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        check_finite(self.step, state)
+        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
+        self.writer.flush()  # after a resume no event up to this step may be missing
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def __enter__(self) -> "Run":
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
+        flags = asdict(self.args).items()
+        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.clock, self.first_step = time.perf_counter(), self.step
+        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.close()
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def on_signal(self, signum: int, _: Any) -> None:
+        """Notes the first signal, which is heeded at the end of the iteration; a second one kills the process."""
+        self.signal = signum
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a point to each curve; the x axis is the number of environment steps."""
+        self.metrics |= metrics
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Counts the steps and logs; evaluates and saves when it is time; leaves if a signal came."""
+        check_finite(self.step, metrics)
+        for offset, self.last_return, length in ended:
+            point = {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
+            self.log(self.step + offset, point)
+        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
+        speed = (self.step - self.first_step) / (time.perf_counter() - self.clock)
+        self.log(self.step, metrics | {"charts/SPS": speed})
+        self.show_progress(speed)
+        finished = self.step >= self.args.total_timesteps
+        every = self.args.eval_every
+        if every and self.step // every > before // every and not finished:
+            self.evaluate()
+        every = self.args.checkpoint_every
+        self.fresh_start = bool(every) and self.step // every > before // every
+        if self.fresh_start or finished or self.signal:
+            self.save()
+        if self.signal:
+            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to go on", 128 + self.signal)
+
+    def show_progress(self, speed: float) -> None:
+        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
+        done = min(1.0, self.step / self.args.total_timesteps)
+        terminal = sys.stdout.isatty()
+        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
+        if now >= self.shown + pause or done == 1:
+            self.shown, left = now, (self.args.total_timesteps - self.step) / speed
+            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {max(0, left):,.0f} s left"
+            line += f"  return {self.last_return:.1f}"
+            print(f"\r{line}\x1b[K" if terminal else line, end="\n" if done == 1 or not terminal else "", flush=True)
+
+    def evaluate(self) -> None:
+        """Logs the greedy policy's return and length."""
+        if self.args.eval_episodes:
+            result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
+            self.log(self.step, dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True)))
+
+    def finish(self) -> dict[str, float]:
+        """Evaluates for the last time; gives the last value of each metric."""
+        self.evaluate()
+        if self.args.eval_episodes:
+            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
+            print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
+            verdict = "solved" if threshold is not None and value >= threshold else "not solved"
+            print("" if threshold is None else f", {verdict} (needs {threshold:g})")
+        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+        return self.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> dict[str, float]:
+    """Runs PPO; gives the last value of each metric, the final evaluation among them."""
+    device = set_up(args.device, args.num_threads, args.seed)
+    envs = make_envs(args.env_id, args.num_envs)
+    agent = Agent(envs[0], args.hidden_size, args.log_std_init, args.normalize_obs).to(device)
+    return_norm = RunningNorm().to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    collector = Collector(envs, args.gamma, device)
+
+    coefs = {"clip_coef": args.clip_coef, "vf_coef": args.vf_coef, "ent_coef": args.ent_coef}
+    loss = partial(ppo_loss, agent, normalize_advantages=args.normalize_advantages, **coefs)
+    update = make_update(loss, optimizer, args.max_grad_norm, args.compile)
+    with Run(args, agent=agent, optimizer=optimizer, return_norm=return_norm) as run:
+        num_iterations = math.ceil(args.total_timesteps / args.batch_size)
+        while run.step < args.total_timesteps:
+            # 1. anneal the learning rate: the first iteration has all of it, the last 1/num_iterations
+            learning_rate = args.learning_rate * (1 - run.iteration / num_iterations * args.anneal_lr)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # 2. run the policy
+            if run.fresh_start:
+                collector.reset(args.seed, run.iteration)
+            rollout, ended = collector.collect(agent, args.num_steps)
+            check_finite(run.step, rollout._asdict())
+            rollout = Rollout(*(x.to(device) for x in rollout))
+            obs, next_obs = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
+            with torch.no_grad():
+                old_logprobs, _ = agent.actor(obs, rollout.actions)
+
+            # 3. scale the rewards
+            if args.normalize_rewards:
+                return_norm.update(rollout.discounted_returns)
+            rewards = rollout.rewards * return_norm.scale
+
+            metrics = []
+            for epoch in range(args.update_epochs):
+                # 4. advantages and returns, with the newest critic
+                with torch.no_grad():
+                    values, next_values = agent.critic(obs), agent.critic(next_obs)
+                ends = rollout.terminated, rollout.dones
+                advantages = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+                returns = advantages + values
+                if epoch == 0:
+                    explained = explained_variance(values, returns)  # by a critic that has not seen this batch
+
+                # 5. one step for each minibatch of the shuffled batch
+                shuffle = torch.randperm(args.batch_size).to(device)
+                batch = (obs, rollout.actions, old_logprobs, advantages, returns)
+                minibatches = zip(*(x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in batch), strict=True)
+                steps = [update(*minibatch) for minibatch in minibatches]
+                metrics += steps
+                if args.target_kl and mean_metrics(steps)["losses/approx_kl"] > args.target_kl:
+                    break
+
+            # 6. update the statistics, log, evaluate, save
+            if args.normalize_obs:
+                agent.obs_norm.update(rollout.obs)
+            more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
+            run.end_iteration(args.batch_size, ended, mean_metrics(metrics) | more)
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,749 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "gymnasium[classic-control,mujoco]==1.4.0",
+#   "mujoco==3.8.1",
+#   "numpy==2.4.6",
+#   "tyro==1.0.17",
+#   "tensorboard==2.21.0",
+# ]
+# ///
+"""REINFORCE: make the actions of a good episode more likely and those of a bad one less, in proportion to the return.
+
+Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning"; Sutton et
+al. 1999, "Policy Gradient Methods for Reinforcement Learning with Function Approximation" (the causal form, theorem 1).
+
+The objective is J(θ) = E[Σ_t γ^t r_t] over whole episodes τ = (s_0, a_0, r_0, s_1, ...) drawn from p_θ. The dynamics do
+not depend on θ, so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
+
+    ∇J(θ) = E[Σ_t ∇ log π_θ(a_t|s_t) Ψ_t] ≈ (1/N) Σ_i Σ_t ∇ log π_θ(a_it|s_it) (Ψ_it − b).
+
+    repeat:
+        1. run N whole episodes with π_θ
+        2. weight each action: Ψ_t is the return of the whole trajectory, or only the reward-to-go Σ_{t'≥t} ...
+        3. subtract a baseline b that does not depend on the action: the same expectation, a smaller variance
+        4. one Adam step on the pseudo-loss −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), a weighted log-likelihood;
+           update_epochs > 1 takes further steps on the same episodes, which came from β, with importance weights
+        5. if the baseline is a value function, fit V(s_t) to the rewards-to-go by least squares
+        6. update the observation statistics, then log, evaluate and save
+
+Discount. `start` weights the reward at t' with γ^t', as J does: exactly ∇J. `now`, which everybody uses, weights it
+with γ^(t'−t) for the action at t. It drops γ^t, so late actions count as much as early ones, but it is the gradient of
+no function (Nota and Thomas 2019). With γ = 1 both are the same.
+
+Baseline. `average`, `time` (one for each t) and `optimal` (of all constants the one with the least variance: for g =
+∇ log p_θ(τ) and the return R it is E[‖g‖²R] / E[‖g‖²]) are taken over the other N − 1 episodes. An episode in its own
+baseline would bias the gradient by a factor 1 − 1/N. `value` is V(s_t), fitted to earlier batches.
+
+Importance. `trajectory`, Π_t π_θ/β over the episode, is exact, but its variance grows exponentially with the length.
+`causal`, Π_{t'≤t} π_θ/β, has the states of π_θ but leaves Ψ that of β. `first_order`, π_θ/β at t alone, also leaves the
+states those of β; at θ = β all three agree.
+
+Time limits are the horizon of the objective: nothing is bootstrapped. Each environment runs exactly one episode in an
+iteration, and those that end early wait: the first N episodes to end would too often be short ones.
+
+`--demonstrations FILE` first clones recorded behaviour by maximum likelihood, the pseudo-loss with all weights 1.
+
+Compare with actor_critic.py, which replaces the return by a critic's estimate and needs no whole episodes.
+
+    python reinforce.py
+    python reinforce.py --env-id InvertedPendulum-v5 --total-timesteps 1000000 --normalize-obs --log-std-init -0.5
+"""
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple, NoReturn
+from zipfile import BadZipFile
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class Args:
+    """Flags of the command line; the defaults solve CartPole-v1."""
+
+    # Experiment
+    env_id: str = "CartPole-v1"  # Gymnasium environment with Box or Discrete observations and actions
+    seed: int = 1  # of everything random: networks, actions, environments
+    total_timesteps: int = 200_000  # environment steps over all environments, rounded up to a whole iteration
+    num_envs: int = 8  # environments that are stepped together, N
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
+    num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
+    compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
+    run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
+    resume: bool = False  # go on from the checkpoint in --run-dir if there is one
+    checkpoint_every: int = (
+        100_000  # environment steps between checkpoints, where all environments start anew; 0: never
+    )
+    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: only at the end
+    eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
+
+    # Algorithm
+    weight: Literal["trajectory", "reward_to_go"] = "reward_to_go"  # which rewards weight an action: all, or the later
+    discount_from: Literal["now", "start"] = "now"  # discount γ^(t'-t) from the action, or γ^t' from the start: exact
+    baseline: Literal["none", "average", "optimal", "time", "value"] = "value"  # subtracted from the weights
+    update_epochs: int = 1  # policy steps on each batch; all but the first are off-policy
+    importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # weights of the off-policy steps
+    learning_rate: float = 2e-3  # Adam's step size
+    gamma: float = 0.99  # discount γ
+    critic_learning_rate: float = 2e-3  # Adam's step size for V
+    critic_epochs: int = 20  # steps of the regression of V on each batch
+    normalize_advantages: bool = False  # shift and scale the advantages of each update to mean 0 and deviation 1
+    normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
+    hidden_size: int = 64  # width of the two hidden layers of each network
+    log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
+    demonstrations: str = ""  # .npz file with arrays obs and actions, to be cloned before the first step
+    cloning_steps: int = 1000  # gradient steps of the cloning, each on 256 random rows
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if self.num_envs == 1 and self.baseline in ("average", "optimal", "time"):
+            raise ValueError(f"--baseline {self.baseline} is a mean over other episodes; it needs --num-envs 2 or more")
+
+
+def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
+    """A plain list of environments; observations come out flat (Box reshaped, Discrete one-hot)."""
+    try:
+        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+    obs_space, action_space = envs[0].observation_space, envs[0].action_space
+    if not isinstance(obs_space, spaces.Box | spaces.Discrete):
+        fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
+    if not isinstance(action_space, spaces.Discrete) and getattr(action_space.dtype, "kind", "") != "f":
+        fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
+    flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
+    return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
+
+
+def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
+    """tanh network; orthogonal weights with gain √2 (`output_gain` in the last layer), zero biases."""
+    layers: list[nn.Module] = []
+    gains = [math.sqrt(2)] * (len(sizes) - 2) + [output_gain]
+    for (fan_in, fan_out), gain in zip(pairwise(sizes), gains, strict=True):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class CategoricalActor(nn.Module):
+    """Softmax policy over discrete actions: π(a|s) = exp z_a(s) / Σ_b exp z_b(s)."""
+
+    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.net = mlp([obs_dim, hidden_size, hidden_size, num_actions], 0.01)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
+        return -torch.empty(*shape, self.num_actions).exponential_().log()
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """Actions (B,) from observations (B, obs_dim); noise 0 gives the most likely one."""
+        return (self.net(obs) + noise).argmax(-1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and the entropy −Σ_a π(a|s) log π(a|s), of the shape of `actions`."""
+        logprobs = self.net(obs).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+
+
+class GaussianActor(nn.Module):
+    """Gaussian policy over continuous actions: π(·|s) = N(μ(s), diag σ²), where log σ is a parameter."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
+        super().__init__()
+        self.net = mlp([obs_dim, hidden_size, hidden_size, action_dim], 0.01)
+        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
+
+    def noise(self, *shape: int) -> Tensor:
+        """Standard normal noise, (*shape, action_dim)."""
+        return torch.randn(*shape, len(self.log_std))
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """Actions (B, action_dim) from observations (B, obs_dim); noise 0 gives the most likely one, the mean."""
+        return self.net(obs) + self.log_std.exp() * noise
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) = −Σ_d (z_d²/2 + log σ_d + log √(2π)), z = (a − μ)/σ, and the entropy Σ_d log(σ_d √(2πe))."""
+        z = (actions - self.net(obs)) / self.log_std.exp()
+        logprobs = -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return logprobs, entropy.expand_as(logprobs)
+
+
+class Critic(nn.Module):
+    """State value V(s): (..., obs_dim) to (...)."""
+
+    def __init__(self, obs_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.net = mlp([obs_dim, hidden_size, hidden_size, 1], 1.0)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+class RunningNorm(nn.Module):
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows seen so far, in float64."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        for name, value in (("count", 0.0), ("mean", torch.zeros(shape)), ("var", torch.ones(shape))):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("shift", torch.zeros(shape))
+
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+        x = x.double().reshape(-1, *self.mean.shape)
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        sum_squares = self.var * self.count + x.var(0, correction=0) * len(x)
+        self.var.copy_((sum_squares + delta**2 * self.count * len(x) / total) / total)
+        self.mean.add_(delta * len(x) / total)
+        self.count.copy_(total)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+        self.shift.copy_(-self.mean * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale + self.shift).clamp(-10, 10)
+
+
+class Agent(nn.Module):
+    """The policy, the critic, and the statistics that normalise what both of them see."""
+
+    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float, normalize_obs: bool) -> None:
+        super().__init__()
+        obs_dim, space = env.observation_space.shape[0], env.action_space
+        self.obs_norm = RunningNorm(obs_dim) if normalize_obs else nn.Identity()
+        if isinstance(space, spaces.Discrete):
+            self.actor = CategoricalActor(obs_dim, int(space.n), hidden_size)
+        else:
+            self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
+        self.critic = Critic(obs_dim, hidden_size)
+
+    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
+        """The policy's actions for raw observations (B, obs_dim); noise 0 gives the greedy ones."""
+        return self.actor.act(self.obs_norm(obs), noise)
+
+
+def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
+    """y_t = x_t + c_t y_{t+1} with y_T = 0, along the first axis, for x and discounts c of one shape (T, ...).
+
+    Takes log2 T passes in place of T steps: after pass k, y_t holds its first 2^k terms and c_t the product of as many
+    discounts (Hillis and Steele 1986).
+    """
+    assert x.shape == discounts.shape
+    y, c, reach = x, discounts, 1
+    while reach < len(x):
+        y = torch.cat([y[:-reach] + c[:-reach] * y[reach:], y[-reach:]])
+        c = torch.cat([c[:-reach] * c[reach:], c[-reach:]])
+        reach *= 2
+    return y
+
+
+def start_discount(rewards: Tensor, gamma: float, discount_from: str) -> Tensor:
+    """The factor of step t, (T, 1): γ^t if J is discounted from the start, 1 if each action discounts from now on."""
+    steps = torch.arange(len(rewards), dtype=rewards.dtype, device=rewards.device).unsqueeze(1)
+    return gamma**steps if discount_from == "start" else torch.ones_like(steps)
+
+
+def past_rewards(rewards: Tensor) -> Tensor:
+    """Σ_{t'<t} r_t' (T, N): what causality leaves out. No action can change it: it adds nothing but variance."""
+    return rewards.cumsum(0) - rewards
+
+
+def average_baseline(weights: Tensor, mask: Tensor) -> Tensor:
+    """b_i: the mean over the other episodes of their mean weight; (N,) from (T, N)."""
+    means = (weights * mask).sum(0) / mask.sum(0)
+    return (means.sum() - means) / (len(means) - 1)
+
+
+def time_baseline(weights: Tensor, mask: Tensor) -> Tensor:
+    """b_ti: the mean weight at t over the other episodes that still run then, 0 if none does; (T, N) from (T, N)."""
+    weights = weights * mask
+    others = mask.sum(1, keepdim=True) - mask.int()
+    return (weights.sum(1, keepdim=True) - weights) / others.clamp(min=1)
+
+
+def optimal_baseline(scores: Tensor, grads: Tensor) -> Tensor:
+    """b_i = Σ_{j≠i} ⟨g_j, h_j⟩ / Σ_{j≠i} ‖g_j‖²: of all constants the one with the least variance of h − b g.
+
+    scores g_j = Σ_t ∇ log π(a_t|s_t) and grads h_j = Σ_t ∇ log π(a_t|s_t) Ψ_t are (N, parameters); b is (N,). Where Ψ
+    is the return R of the trajectory, h = R g and b estimates E[‖g‖² R] / E[‖g‖²].
+    """
+    products, squares = (scores * grads).sum(1), (scores * scores).sum(1)
+    return (products.sum() - products) / (squares.sum() - squares).clamp(min=1e-30)
+
+
+def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+    """Row i is Σ_t w_ti ∇ log π(a_ti|s_ti), the gradient of one episode alone: (N, parameters)."""
+
+    def weighted_likelihood(params: dict[str, Tensor], obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+        logprobs, _ = torch.func.functional_call(actor, params, (obs, actions))
+        return (weights * logprobs).sum()
+
+    params = {name: param.detach() for name, param in actor.named_parameters()}
+    grads = torch.func.vmap(torch.func.grad(weighted_likelihood), (None, 1, 1, 1))(params, obs, actions, weights)
+    return torch.cat([grad.flatten(1) for grad in grads.values()], 1)
+
+
+def importance_weights(logratio: Tensor, importance: str) -> Tensor:
+    """Products of π_θ/β (T, N), from log π_θ − log β (T, N), which is 0 after the end of an episode; constants."""
+    logratio = logratio.detach()
+    if importance == "trajectory":
+        return logratio.sum(0, keepdim=True).exp().expand_as(logratio)
+    return (logratio.cumsum(0) if importance == "causal" else logratio).exp()
+
+
+def pseudo_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
+    """−(1/N) Σ_i Σ_t w_ti log π(a_ti|s_ti), from (T, N): minus its gradient is the estimate of ∇J; w is constant."""
+    assert logprobs.shape == weights.shape
+    return -(weights.detach() * logprobs).sum(0).mean()
+
+
+def reinforce_loss(
+    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+    importance: str,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The pseudo-loss of masked episodes under the policy as it is now, and what to log of it."""
+    logprobs, entropy = agent.actor(obs, actions)
+    logratio = (logprobs - old_logprobs) * mask
+    policy_loss = pseudo_loss(logprobs, importance_weights(logratio, importance) * advantages * mask)
+    approx_kl, entropy = (((x * mask).sum() / mask.sum()) for x in (logratio.exp() - 1 - logratio, entropy))
+    return policy_loss, {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl}
+
+
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """mean (V(s) − G)² over (B,); G is a constant."""
+    assert values.shape == returns.shape
+    return (values - returns.detach()).square().mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
+    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+
+
+class Episodes(NamedTuple):
+    """One episode of each of N environments; T is the length of the longest."""
+
+    obs: Tensor  # s_t (T, N, obs_dim), raw; after its end an episode repeats its last state
+    actions: Tensor  # a_t (T, N) or (T, N, action_dim), in the policy's units, not clipped
+    rewards: Tensor  # r_t (T, N), received for a_t; 0 after the end
+    mask: Tensor  # (T, N), true while the episode runs
+
+
+@torch.no_grad()
+def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None], device: torch.device) -> Episodes:
+    """Runs one whole episode in each environment; those that end early wait for the others."""
+    to_env, rows = action_map(envs[0].action_space), []
+    obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)], np.float32)
+    running = np.ones(len(envs), bool)
+    while running.any():
+        noise = agent.actor.noise(len(envs)).to(device)
+        actions = agent.act(torch.from_numpy(obs).to(device), noise).cpu()
+        env_actions, mask = to_env(actions.numpy()), running.copy()
+        next_obs, rewards = obs.copy(), np.zeros(len(envs), np.float32)
+        for i in np.flatnonzero(running):
+            next_obs[i], rewards[i], terminated, truncated, _ = envs[i].step(env_actions[i])
+            running[i] = not (terminated or truncated)
+        rows.append(tuple(torch.as_tensor(x) for x in (obs, actions, rewards, mask)))
+        obs = next_obs
+    return Episodes(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def load_demonstrations(path: str, env: gym.Env) -> tuple[Tensor, Tensor]:
+    """Recorded observations (K, obs_dim) and actions; the file has the environment's units, this gives the policy's."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            obs, actions = file["obs"].astype(np.float32), file["actions"]
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
+        fail(f"--demonstrations {path} is not a file with arrays obs and actions ({error})")
+    space = env.action_space
+    if obs.shape[1:] != env.observation_space.shape or not len(obs) or actions.shape != (len(obs), *space.shape):
+        fail(f"--demonstrations {path} has obs {obs.shape} and actions {actions.shape}, which do not fit {env.spec.id}")
+    scale, shift = action_units(space)
+    actions = torch.as_tensor((actions - shift) / scale)
+    return torch.from_numpy(obs), actions.long() if isinstance(space, spaces.Discrete) else actions.float().flatten(1)
+
+
+def clone(agent: Agent, obs: Tensor, actions: Tensor, steps: int, learning_rate: float) -> None:
+    """Behavioural cloning: maximises the likelihood of the recorded actions, with 256 random rows a step."""
+    # An optimiser of its own: Adam's memory of these small gradients would make the first policy step far too large
+    optimizer = torch.optim.Adam(agent.actor.parameters(), lr=learning_rate)
+    for _ in range(steps):
+        rows = torch.randint(len(obs), (256,)).to(obs.device)
+        logprobs, _ = agent.actor(obs[rows], actions[rows])
+        optimizer.zero_grad()
+        pseudo_loss(logprobs, torch.ones_like(logprobs)).backward()
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Leaves with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check_flags(args: Any) -> None:
+    """Raises ValueError, in one sentence, for the first number that its flag cannot mean."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool | str) or name == "log_std_init":
+            continue
+        low = 0 if isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every") else 1
+        high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
+        if not low <= value <= high:  # nan neither
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def set_up(device: str, num_threads: int, seed: int) -> torch.device:
+    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; gives the device."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
+        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
+    if chosen != "cpu" and (torch.device(chosen).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+    return torch.device(chosen)
+
+
+def env_seed(seed: int, *stream: int) -> int:
+    """The seed of a stream: (0, iteration, index) for training, (1,) for evaluation. Streams do not overlap."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
+
+
+def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) such that the environment's action is scale x the policy's + shift.
+
+    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
+    """
+    if isinstance(space, spaces.Discrete):
+        return np.int64(1), space.start
+    finite = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
+    return (high - low) / 2, (high + low) / 2
+
+
+def action_map(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
+    scale, shift = action_units(space)
+    if isinstance(space, spaces.Discrete):
+        return lambda actions: actions + shift
+    low, high, shape = space.low, space.high, (-1, *space.shape)
+    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
+
+
+@torch.no_grad()
+def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
+    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
+
+    The start states are the same at every call. Nothing that training reads is written, and no noise is drawn.
+    """
+    device, to_env = next(agent.parameters()).device, action_map(env.action_space)
+    total, length = 0.0, 0
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=env_seed(seed, 1) if episode == 0 else None)
+        done = False
+        while not done:
+            action = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0), 0.0)
+            obs, reward, terminated, truncated, _ = env.step(to_env(action.cpu().numpy())[0])
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+    return total / episodes, length / episodes
+
+
+def make_update(loss: Callable, optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool) -> Callable:
+    """Gives update(*batch): one optimiser step along the gradient of `loss`, clipped to a norm over all parameters.
+
+    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def gradient(*batch: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        value, metrics = loss(*batch)
+        grads = torch.autograd.grad(value, params)
+        grad_norm = nn.utils.get_total_norm(grads)
+        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
+        return [grad * scale for grad in grads], metrics | {"losses/grad_norm": grad_norm}
+
+    if compile:
+        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
+        gradient = torch.compile(gradient)
+
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        grads, metrics = gradient(*batch)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        return metrics
+
+    return update
+
+
+def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each metric over the updates, copied from the device in one go."""
+    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
+    return dict(zip(metrics[0], means.tolist(), strict=True))
+
+
+def check_finite(step: int, values: dict) -> None:
+    """Ends the run at the first number that is not finite, before it can reach a checkpoint."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
+        elif isinstance(value, Tensor | float) and not torch.as_tensor(value).isfinite().all():
+            fail(f"{name} is not finite in the iteration from step {step:,}; the last checkpoint stays as it was", 1)
+
+
+class Run:
+    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
+
+    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
+    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
+    no environment needs saving, and the two agree bit for bit.
+    """
+
+    def __init__(self, args: Any, **parts: Any) -> None:
+        self.args, self.parts = args, parts
+        self.step = self.iteration = self.signal = 0
+        self.fresh_start, self.metrics, self.last_return, self.shown = True, {}, math.nan, -math.inf
+        self.eval_env = make_envs(args.env_id, 1)[0]
+        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        self.path = self.dir / "checkpoint.pt"
+        if args.resume and not args.run_dir:
+            fail("--resume needs --run-dir, the run to go on with")
+        if args.resume and self.path.exists():
+            self.load()
+        elif self.dir.is_file() or (self.dir.exists() and not args.resume and any(self.dir.iterdir())):
+            fail(f"{self.dir} is not an empty directory: add --resume to go on with the run in it, or name another")
+
+    def load(self) -> None:
+        """Takes everything from the checkpoint, or refuses it."""
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            script, flags = saved["script"], saved["args"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError):
+            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+        now = asdict(self.args) | {"script": SCRIPT}
+        then = flags | {"script": script}
+        changed = [k for k in now | then if k not in FREE_FLAGS and (k in now, now.get(k)) != (k in then, then.get(k))]
+        if changed:
+            differences = ", ".join(f"{k} (was {then.get(k)}, is {now.get(k)})" for k in changed)
+            fail(f"{self.path} can go on only with the flags it was made with; these differ: {differences}")
+        for part in self.parts:
+            self.parts[part].load_state_dict(saved[part])
+        self.step, self.iteration = saved["step"], saved["iteration"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self) -> None:
+        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        check_finite(self.step, state)
+        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
+        self.writer.flush()  # after a resume no event up to this step may be missing
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def __enter__(self) -> "Run":
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
+        flags = asdict(self.args).items()
+        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.clock, self.first_step = time.perf_counter(), self.step
+        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.close()
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def on_signal(self, signum: int, _: Any) -> None:
+        """Notes the first signal, which is heeded at the end of the iteration; a second one kills the process."""
+        self.signal = signum
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a point to each curve; the x axis is the number of environment steps."""
+        self.metrics |= metrics
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Counts the steps and logs; evaluates and saves when it is time; leaves if a signal came."""
+        check_finite(self.step, metrics)
+        for offset, self.last_return, length in ended:
+            point = {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
+            self.log(self.step + offset, point)
+        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
+        speed = (self.step - self.first_step) / (time.perf_counter() - self.clock)
+        self.log(self.step, metrics | {"charts/SPS": speed})
+        self.show_progress(speed)
+        finished = self.step >= self.args.total_timesteps
+        every = self.args.eval_every
+        if every and self.step // every > before // every and not finished:
+            self.evaluate()
+        every = self.args.checkpoint_every
+        self.fresh_start = bool(every) and self.step // every > before // every
+        if self.fresh_start or finished or self.signal:
+            self.save()
+        if self.signal:
+            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to go on", 128 + self.signal)
+
+    def show_progress(self, speed: float) -> None:
+        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
+        done = min(1.0, self.step / self.args.total_timesteps)
+        terminal = sys.stdout.isatty()
+        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
+        if now >= self.shown + pause or done == 1:
+            self.shown, left = now, (self.args.total_timesteps - self.step) / speed
+            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {max(0, left):,.0f} s left"
+            line += f"  return {self.last_return:.1f}"
+            print(f"\r{line}\x1b[K" if terminal else line, end="\n" if done == 1 or not terminal else "", flush=True)
+
+    def evaluate(self) -> None:
+        """Logs the greedy policy's return and length."""
+        if self.args.eval_episodes:
+            result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
+            self.log(self.step, dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True)))
+
+    def finish(self) -> dict[str, float]:
+        """Evaluates for the last time; gives the last value of each metric."""
+        self.evaluate()
+        if self.args.eval_episodes:
+            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
+            print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
+            verdict = "solved" if threshold is not None and value >= threshold else "not solved"
+            print("" if threshold is None else f", {verdict} (needs {threshold:g})")
+        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+        return self.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> dict[str, float]:
+    """Runs REINFORCE; gives the last value of each metric, the final evaluation among them."""
+    device = set_up(args.device, args.num_threads, args.seed)
+    envs = make_envs(args.env_id, args.num_envs)
+    agent = Agent(envs[0], args.hidden_size, args.log_std_init, args.normalize_obs).to(device)
+    optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
+
+    def critic_loss(obs: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = value_loss(agent.critic(obs), returns)
+        return loss, {"value_loss": loss}
+
+    loss = partial(reinforce_loss, agent, importance=args.importance)
+    update = make_update(loss, optimizer, math.inf, args.compile)
+    update_critic = make_update(critic_loss, critic_optimizer, math.inf, args.compile)
+    demonstrations = load_demonstrations(args.demonstrations, envs[0]) if args.demonstrations else None
+    with Run(args, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer) as run:
+        if demonstrations and run.step == 0:
+            obs, actions = (x.to(device) for x in demonstrations)
+            if args.normalize_obs:
+                agent.obs_norm.update(obs)
+            clone(agent, agent.obs_norm(obs), actions, args.cloning_steps, args.learning_rate)
+            run.evaluate()
+            print(f"cloned, without any reward: return {run.metrics.get('eval/episodic_return', math.nan):.1f}")
+        while run.step < args.total_timesteps:
+            # 1. one whole episode in each environment
+            fresh = [env_seed(args.seed, 0, run.iteration, i) for i in range(args.num_envs)]
+            episodes = run_episodes(envs, agent, fresh if run.fresh_start else [None] * args.num_envs, device)
+            check_finite(run.step, episodes._asdict())
+            lengths, episodic_returns = episodes.mask.sum(0), episodes.rewards.double().sum(0)
+            rows = episodes.mask.flatten().nonzero().squeeze(1).to(device)  # the steps that were taken
+            obs, actions, rewards, mask = (x.to(device) for x in episodes)
+            raw_obs, obs = obs, agent.obs_norm(obs)
+
+            # 2. the weight of each action
+            discount = start_discount(rewards, args.gamma, args.discount_from)
+            returns = discounted_sum(rewards, torch.full_like(rewards, args.gamma))  # reward-to-go G_t
+            weights = discount * returns
+            if args.weight == "trajectory":
+                weights = weights + past_rewards(discount * rewards)
+            metrics = {"charts/discounted_return": returns[0].mean()}
+
+            # 3. minus a baseline
+            if args.baseline == "none":
+                advantages = weights
+            elif args.baseline == "average":
+                advantages = weights - average_baseline(weights, mask)
+            elif args.baseline == "optimal":
+                scores = episode_gradients(agent.actor, obs, actions, mask.float())
+                grads = episode_gradients(agent.actor, obs, actions, weights * mask)
+                advantages = weights - optimal_baseline(scores, grads)
+            elif args.baseline == "time":
+                advantages = weights - time_baseline(weights, mask)
+            else:
+                with torch.no_grad():
+                    values = agent.critic(obs)
+                advantages = weights - discount * values
+                taken = values.flatten()[rows], returns.flatten()[rows]
+                metrics["losses/explained_variance"] = explained_variance(*taken)
+            if args.normalize_advantages:
+                taken = advantages.flatten()[rows]
+                advantages = (advantages - taken.mean()) / (taken.std(correction=0) + 1e-8)
+            if args.num_envs > 1:  # empirical variance of the gradient estimate, summed over the parameters
+                grads = episode_gradients(agent.actor, obs, actions, advantages * mask)
+                metrics["losses/gradient_variance"] = grads.var(0).sum() / args.num_envs
+
+            # 4. policy steps on the pseudo-loss
+            with torch.no_grad():
+                old_logprobs, _ = agent.actor(obs, actions)
+            batch = (obs, actions, old_logprobs, advantages, mask)
+            metrics |= mean_metrics([update(*batch) for _ in range(args.update_epochs)])
+
+            # 5. fit V to the rewards-to-go
+            if args.baseline == "value":
+                batch = (obs.flatten(0, 1)[rows], returns.flatten()[rows])
+                fits = mean_metrics([update_critic(*batch) for _ in range(args.critic_epochs)])
+                metrics["losses/value_loss"] = fits["losses/value_loss"]
+
+            # 6. update the statistics, log, evaluate, save
+            if args.normalize_obs:
+                agent.obs_norm.update(raw_obs.flatten(0, 1)[rows])
+            ends = torch.minimum(lengths, lengths.unsqueeze(1)).sum(1)  # steps that all had taken when one ended
+            ended = sorted(zip(ends.tolist(), episodic_returns.tolist(), lengths.tolist(), strict=True))
+            metrics["charts/learning_rate"] = args.learning_rate
+            run.end_iteration(int(lengths.sum()), ended, {name: float(value) for name, value in metrics.items()})
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))
