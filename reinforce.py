@@ -59,7 +59,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -71,6 +70,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -88,10 +88,8 @@ class Args:
     compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
     run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
-    checkpoint_every: int = (
-        100_000  # environment steps between checkpoints, where all environments start anew; 0: never
-    )
-    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: only at the end
+    checkpoint_every: int = 100_000  # environment steps between checkpoints, after which all episodes restart; 0: off
+    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: at the end alone
     eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
 
     # Algorithm
@@ -132,16 +130,21 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
-    """tanh network; orthogonal weights with gain √2 (`output_gain` in the last layer), zero biases."""
-    layers: list[nn.Module] = []
-    gains = [math.sqrt(2)] * (len(sizes) - 2) + [output_gain]
-    for (fan_in, fan_out), gain in zip(pairwise(sizes), gains, strict=True):
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.orthogonal_(linear.weight, gain)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+class MLP(nn.Module):
+    """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
+
+    def __init__(self, fan_in: int, hidden_size: int, fan_out: int, gain: float) -> None:
+        super().__init__()
+        sizes = [fan_in, hidden_size, hidden_size, fan_out]
+        for i, layer_gain in enumerate((math.sqrt(2), math.sqrt(2), gain)):
+            weight = nn.init.orthogonal_(torch.empty(sizes[i + 1], sizes[i]), layer_gain)
+            self.register_parameter(f"weight{i + 1}", nn.Parameter(weight))
+            self.register_parameter(f"bias{i + 1}", nn.Parameter(torch.zeros(sizes[i + 1])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Plain calls: five modules would take three times as long for the one row that acting has
+        w1, b1, w2, b2, w3, b3 = self._parameters.values()
+        return linear(linear(linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
 
 
 class CategoricalActor(nn.Module):
@@ -150,7 +153,7 @@ class CategoricalActor(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.net = mlp([obs_dim, hidden_size, hidden_size, num_actions], 0.01)
+        self.net = MLP(obs_dim, hidden_size, num_actions, 0.01)
 
     def noise(self, *shape: int) -> Tensor:
         """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
@@ -172,16 +175,16 @@ class GaussianActor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
-        self.net = mlp([obs_dim, hidden_size, hidden_size, action_dim], 0.01)
+        self.net = MLP(obs_dim, hidden_size, action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
 
     def noise(self, *shape: int) -> Tensor:
-        """Standard normal noise, (*shape, action_dim)."""
-        return torch.randn(*shape, len(self.log_std))
+        """σ ε with ε ~ N(0, 1), (*shape, action_dim): μ + noise is a draw from π."""
+        return torch.randn(*shape, len(self.log_std)).to(self.log_std.device) * self.log_std.exp()
 
     def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
         """Actions (B, action_dim) from observations (B, obs_dim); noise 0 gives the most likely one, the mean."""
-        return self.net(obs) + self.log_std.exp() * noise
+        return self.net(obs) + noise
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) = −Σ_d (z_d²/2 + log σ_d + log √(2π)), z = (a − μ)/σ, and the entropy Σ_d log(σ_d √(2πe))."""
@@ -196,7 +199,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = mlp([obs_dim, hidden_size, hidden_size, 1], 1.0)
+        self.net = MLP(obs_dim, hidden_size, 1, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -224,7 +227,7 @@ class RunningNorm(nn.Module):
         self.shift.copy_(-self.mean * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale + self.shift).clamp(-10, 10)
+        return torch.addcmul(self.shift, x, self.scale).clamp(-10, 10)
 
 
 class Agent(nn.Module):
@@ -478,29 +481,35 @@ def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float,
     return total / episodes, length / episodes
 
 
-def make_update(loss: Callable, optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool) -> Callable:
-    """Gives update(*batch): one optimiser step along the gradient of `loss`, clipped to a norm over all parameters.
+def flatten(params: list[nn.Parameter]) -> nn.Parameter:
+    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
+    return flat
+
+
+def make_update(
+    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
+) -> Callable:
+    """Gives update(*batch): one step of the optimiser, which holds the flattened params, along the clipped gradient.
 
     `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
     """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    (flat,) = optimizer.param_groups[0]["params"]
 
-    def gradient(*batch: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = loss(*batch)
-        grads = torch.autograd.grad(value, params)
-        grad_norm = nn.utils.get_total_norm(grads)
-        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)])
+        grad_norm = grad.norm()
         metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-        return [grad * scale for grad in grads], metrics | {"losses/grad_norm": grad_norm}
+        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
 
     if compile:
         torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
         gradient = torch.compile(gradient)
 
     def update(*batch: Tensor) -> dict[str, Tensor]:
-        grads, metrics = gradient(*batch)
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
+        flat.grad, metrics = gradient(*batch)
         optimizer.step()
         return metrics
 
@@ -549,11 +558,10 @@ class Run:
         """Takes everything from the checkpoint, or refuses it."""
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            script, flags = saved["script"], saved["args"]
+            then = saved["args"] | {"script": saved["script"]}
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError):
             fail(f"{self.path} is damaged, or not a checkpoint of this project")
         now = asdict(self.args) | {"script": SCRIPT}
-        then = flags | {"script": script}
         changed = [k for k in now | then if k not in FREE_FLAGS and (k in now, now.get(k)) != (k in then, then.get(k))]
         if changed:
             differences = ", ".join(f"{k} (was {then.get(k)}, is {now.get(k)})" for k in changed)
@@ -578,7 +586,10 @@ class Run:
         os.replace(temporary, self.path)
 
     def __enter__(self) -> "Run":
-        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"{self.dir} cannot be made ({error.strerror})")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
         flags = asdict(self.args).items()
         self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
@@ -662,16 +673,17 @@ def train(args: Args) -> dict[str, float]:
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
     agent = Agent(envs[0], args.hidden_size, args.log_std_init, args.normalize_obs).to(device)
-    optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
+    params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
+    optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
 
     def critic_loss(obs: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = value_loss(agent.critic(obs), returns)
         return loss, {"value_loss": loss}
 
     loss = partial(reinforce_loss, agent, importance=args.importance)
-    update = make_update(loss, optimizer, math.inf, args.compile)
-    update_critic = make_update(critic_loss, critic_optimizer, math.inf, args.compile)
+    update = make_update(loss, params, optimizer, math.inf, args.compile)
+    update_critic = make_update(critic_loss, critic_params, critic_optimizer, math.inf, args.compile)
     demonstrations = load_demonstrations(args.demonstrations, envs[0]) if args.demonstrations else None
     with Run(args, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer) as run:
         if demonstrations and run.step == 0:
