@@ -259,8 +259,9 @@ def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:  # fmt: skip
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t);  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
@@ -467,12 +468,18 @@ def make_update(
         metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
         return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
 
+    best = gradient
     if compile:
         torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        gradient = torch.compile(gradient)
+        best = torch.compile(gradient)
 
     def update(*batch: Tensor) -> dict[str, Tensor]:
-        flat.grad, metrics = gradient(*batch)
+        nonlocal best
+        try:
+            flat.grad, metrics = best(*batch)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
+            flat.grad, metrics = (best := gradient)(*batch)
         optimizer.step()
         return metrics
 
@@ -557,7 +564,7 @@ class Run:
         flags = asdict(self.args).items()
         self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.first_step = time.perf_counter(), self.step
+        self.clock, self.timed_steps, self.seconds, self.speed = time.perf_counter(), 0, 0.0, 0.0
         print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
         return self
 
@@ -585,9 +592,9 @@ class Run:
             point = {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
             self.log(self.step + offset, point)
         before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        speed = (self.step - self.first_step) / (time.perf_counter() - self.clock)
-        self.log(self.step, metrics | {"charts/SPS": speed})
-        self.show_progress(speed)
+        self.count_speed(steps)
+        self.log(self.step, metrics | {"charts/SPS": self.speed})
+        self.show_progress()
         finished = self.step >= self.args.total_timesteps
         every = self.args.eval_every
         if every and self.step // every > before // every and not finished:
@@ -598,17 +605,28 @@ class Run:
             self.save()
         if self.signal:
             fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to go on", 128 + self.signal)
+        self.clock = time.perf_counter()
 
-    def show_progress(self, speed: float) -> None:
+    def count_speed(self, steps: int) -> None:
+        """Mean speed of rollouts and updates, leaving out evaluations, checkpoints and an iteration that compiled."""
+        seconds = time.perf_counter() - self.clock
+        if self.args.compile and self.speed == 0:
+            print(f"the first iteration compiled: {seconds:.1f} s", flush=True)
+            self.speed = steps / seconds
+        else:
+            self.timed_steps, self.seconds = self.timed_steps + steps, self.seconds + seconds
+            self.speed = self.timed_steps / self.seconds
+
+    def show_progress(self) -> None:
         """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
         done = min(1.0, self.step / self.args.total_timesteps)
         terminal = sys.stdout.isatty()
         now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
         if now >= self.shown + pause or done == 1:
-            self.shown, left = now, (self.args.total_timesteps - self.step) / speed
-            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {max(0, left):,.0f} s left"
+            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
+            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
             line += f"  return {self.last_return:.1f}"
-            print(f"\r{line}\x1b[K" if terminal else line, end="\n" if done == 1 or not terminal else "", flush=True)
+            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
 
     def evaluate(self) -> None:
         """Logs the greedy policy's return and length."""
