@@ -70,7 +70,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, mse_loss
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -187,11 +187,11 @@ class GaussianActor(nn.Module):
         return self.net(obs) + noise
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) = −Σ_d (z_d²/2 + log σ_d + log √(2π)), z = (a − μ)/σ, and the entropy Σ_d log(σ_d √(2πe))."""
+        """log π(a|s) = −½ Σ_d z_d² − Σ_d log(σ_d √(2π)) with z = (a − μ) / σ, and the entropy Σ_d log(σ_d √(2πe))."""
         z = (actions - self.net(obs)) / self.log_std.exp()
-        logprobs = -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return logprobs, entropy.expand_as(logprobs)
+        log_normalizer = self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std)
+        logprobs = -0.5 * z.square().sum(-1) - log_normalizer
+        return logprobs, (log_normalizer + 0.5 * len(self.log_std)).expand_as(logprobs)
 
 
 class Critic(nn.Module):
@@ -338,7 +338,7 @@ def reinforce_loss(
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """mean (V(s) − G)² over (B,); G is a constant."""
     assert values.shape == returns.shape
-    return (values - returns.detach()).square().mean()
+    return mse_loss(values, returns.detach())
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
