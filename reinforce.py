@@ -142,7 +142,6 @@ class MLP(nn.Module):
             self.register_parameter(f"bias{i + 1}", nn.Parameter(torch.zeros(sizes[i + 1])))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Plain calls: five modules would take three times as long for the one row that acting has
         w1, b1, w2, b2, w3, b3 = self._parameters.values()
         return linear(linear(linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
 
@@ -159,9 +158,10 @@ class CategoricalActor(nn.Module):
         """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
         return -torch.empty(*shape, self.num_actions).exponential_().log()
 
-    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """Actions (B,) from observations (B, obs_dim); noise 0 gives the most likely one."""
-        return (self.net(obs) + noise).argmax(-1)
+    @staticmethod
+    def choose(logits: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+        """Actions (B,) from logits (B, A); noise 0 gives the most likely ones."""
+        return (logits + noise).argmax(-1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and the entropy −Σ_a π(a|s) log π(a|s), of the shape of `actions`."""
@@ -180,11 +180,12 @@ class GaussianActor(nn.Module):
 
     def noise(self, *shape: int) -> Tensor:
         """σ ε with ε ~ N(0, 1), (*shape, action_dim): μ + noise is a draw from π."""
-        return torch.randn(*shape, len(self.log_std)).to(self.log_std.device) * self.log_std.exp()
+        return torch.randn(*shape, len(self.log_std)) * self.log_std.detach().exp().cpu()
 
-    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """Actions (B, action_dim) from observations (B, obs_dim); noise 0 gives the most likely one, the mean."""
-        return self.net(obs) + noise
+    @staticmethod
+    def choose(mean: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+        """Actions (B, action_dim) from means (B, action_dim); noise 0 gives the most likely ones."""
+        return mean + noise
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) = −½ Σ_d z_d² − Σ_d log(σ_d √(2π)) with z = (a − μ) / σ, and the entropy Σ_d log(σ_d √(2πe))."""
@@ -206,14 +207,16 @@ class Critic(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows seen so far, in float64."""
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far, in float64; at first x."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        for name, value in (("count", 0.0), ("mean", torch.zeros(shape)), ("var", torch.ones(shape))):
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("shift", torch.zeros(shape))
+        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
@@ -225,27 +228,39 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
         self.scale.copy_((self.var + 1e-8).rsqrt())
         self.shift.copy_(-self.mean * self.scale)
+        self.limit.fill_(10.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale).clamp(-10, 10)
+        return torch.addcmul(self.shift, x, self.scale).clamp(-self.limit, self.limit)
 
 
 class Agent(nn.Module):
     """The policy, the critic, and the statistics that normalise what both of them see."""
 
-    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float, normalize_obs: bool) -> None:
+    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
         obs_dim, space = env.observation_space.shape[0], env.action_space
-        self.obs_norm = RunningNorm(obs_dim) if normalize_obs else nn.Identity()
+        self.obs_norm = RunningNorm(obs_dim)
         if isinstance(space, spaces.Discrete):
             self.actor = CategoricalActor(obs_dim, int(space.n), hidden_size)
         else:
             self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
         self.critic = Critic(obs_dim, hidden_size)
 
-    def act(self, obs: Tensor, noise: Tensor | float) -> Tensor:
-        """The policy's actions for raw observations (B, obs_dim); noise 0 gives the greedy ones."""
-        return self.actor.act(self.obs_norm(obs), noise)
+    def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
+        """act(obs, noise), a copy of the policy of now in NumPy: actions for raw observations (N, obs_dim).
+
+        For the few rows of an environment step this takes a fifth of PyTorch's time (13 against 75 µs between two steps
+        of HalfCheetah), and nothing has to go to a GPU and back.
+        """
+        tensors = (self.obs_norm.scale, self.obs_norm.shift, self.obs_norm.limit, *self.actor.net.parameters())
+        scale, shift, limit, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().copy() for x in tensors)
+
+        def act(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+            x = np.minimum(np.maximum(obs * scale + shift, -limit), limit)
+            return self.actor.choose(np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3, noise)
+
+        return act
 
 
 def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
@@ -355,23 +370,21 @@ class Episodes(NamedTuple):
     mask: Tensor  # (T, N), true while the episode runs
 
 
-@torch.no_grad()
-def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None], device: torch.device) -> Episodes:
+def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None]) -> Episodes:
     """Runs one whole episode in each environment; those that end early wait for the others."""
-    to_env, rows = action_map(envs[0].action_space), []
+    act, to_env, rows = agent.policy(), action_map(envs[0].action_space), []
     obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)], np.float32)
     running = np.ones(len(envs), bool)
     while running.any():
-        noise = agent.actor.noise(len(envs)).to(device)
-        actions = agent.act(torch.from_numpy(obs).to(device), noise).cpu()
-        env_actions, mask = to_env(actions.numpy()), running.copy()
+        actions = act(obs, agent.actor.noise(len(envs)).numpy())
+        env_actions, mask = to_env(actions), running.copy()
         next_obs, rewards = obs.copy(), np.zeros(len(envs), np.float32)
         for i in np.flatnonzero(running):
             next_obs[i], rewards[i], terminated, truncated, _ = envs[i].step(env_actions[i])
             running[i] = not (terminated or truncated)
-        rows.append(tuple(torch.as_tensor(x) for x in (obs, actions, rewards, mask)))
+        rows.append((obs, actions, rewards, mask))
         obs = next_obs
-    return Episodes(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    return Episodes(*(torch.from_numpy(np.array(column)) for column in zip(*rows, strict=True)))
 
 
 def load_demonstrations(path: str, env: gym.Env) -> tuple[Tensor, Tensor]:
@@ -463,20 +476,17 @@ def action_map(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
     return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
 
 
-@torch.no_grad()
 def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
     """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
 
     The start states are the same at every call. Nothing that training reads is written, and no noise is drawn.
     """
-    device, to_env = next(agent.parameters()).device, action_map(env.action_space)
-    total, length = 0.0, 0
+    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
     for episode in range(episodes):
         obs, _ = env.reset(seed=env_seed(seed, 1) if episode == 0 else None)
         done = False
         while not done:
-            action = agent.act(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0), 0.0)
-            obs, reward, terminated, truncated, _ = env.step(to_env(action.cpu().numpy())[0])
+            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
             total, length, done = total + float(reward), length + 1, terminated or truncated
     return total / episodes, length / episodes
 
@@ -689,7 +699,7 @@ def train(args: Args) -> dict[str, float]:
     """Runs REINFORCE; gives the last value of each metric, the final evaluation among them."""
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    agent = Agent(envs[0], args.hidden_size, args.log_std_init, args.normalize_obs).to(device)
+    agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
     params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
     optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
@@ -713,7 +723,7 @@ def train(args: Args) -> dict[str, float]:
         while run.step < args.total_timesteps:
             # 1. one whole episode in each environment
             fresh = [env_seed(args.seed, 0, run.iteration, i) for i in range(args.num_envs)]
-            episodes = run_episodes(envs, agent, fresh if run.fresh_start else [None] * args.num_envs, device)
+            episodes = run_episodes(envs, agent, fresh if run.fresh_start else [None] * args.num_envs)
             check_finite(run.step, episodes._asdict())
             lengths, episodic_returns = episodes.mask.sum(0), episodes.rewards.double().sum(0)
             rows = episodes.mask.flatten().nonzero().squeeze(1).to(device)  # the steps that were taken
