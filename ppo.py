@@ -45,7 +45,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -433,11 +433,11 @@ def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
     return (high - low) / 2, (high + low) / 2
 
 
-def action_map(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
     """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
     scale, shift = action_units(space)
     if isinstance(space, spaces.Discrete):
-        return lambda actions: actions + shift
+        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
     low, high, shape = space.low, space.high, (-1, *space.shape)
     return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
 
@@ -686,8 +686,11 @@ def train(args: Args) -> dict[str, float]:
                 collector.reset(args.seed, run.iteration)
             rollout, ended = collector.collect(agent, args.num_steps)
             check_finite(run.step, rollout._asdict())
-            rollout = Rollout(*(x.to(device) for x in rollout))
-            obs, next_obs = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs)
+            ends = rollout.dones.clone()
+            ends[-1] = True
+            ends = ends.flatten().nonzero().squeeze(1)  # elsewhere V(s'_t) is V(s_{t+1}), no need to compute it twice
+            rollout, ends = Rollout(*(x.to(device) for x in rollout)), ends.to(device)
+            obs, last_obs = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs.flatten(0, 1)[ends])
             with torch.no_grad():
                 old_logprobs, _ = agent.actor(obs, rollout.actions)
 
@@ -700,9 +703,10 @@ def train(args: Args) -> dict[str, float]:
             for epoch in range(args.update_epochs):
                 # 4. advantages and returns, with the newest critic
                 with torch.no_grad():
-                    values, next_values = agent.critic(obs), agent.critic(next_obs)
-                ends = rollout.terminated, rollout.dones
-                advantages = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+                    values, last_values = agent.critic(obs), agent.critic(last_obs)
+                next_values = values.roll(-1, 0).flatten().index_copy(0, ends, last_values).view_as(values)
+                flags = rollout.terminated, rollout.dones
+                advantages = gae(rewards, values, next_values, *flags, args.gamma, args.gae_lambda)
                 returns = advantages + values
                 if epoch == 0:
                     explained = explained_variance(values, returns)  # by a critic that has not seen this batch

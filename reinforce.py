@@ -56,7 +56,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -467,11 +467,11 @@ def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
     return (high - low) / 2, (high + low) / 2
 
 
-def action_map(space: gym.Space) -> Callable[[np.ndarray], np.ndarray]:
+def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
     """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
     scale, shift = action_units(space)
     if isinstance(space, spaces.Discrete):
-        return lambda actions: actions + shift
+        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
     low, high, shape = space.low, space.high, (-1, *space.shape)
     return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
 
