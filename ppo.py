@@ -83,7 +83,7 @@ class Args:
     # Algorithm
     num_steps: int = 32  # steps of each environment in a rollout, T
     learning_rate: float = 1e-3  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly towards 0
+    anneal_lr: bool = True  # lower the learning rate linearly: all of it at the first step, 0 after the last
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.8  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
     update_epochs: int = 20  # passes over each batch
@@ -675,10 +675,9 @@ def train(args: Args) -> dict[str, float]:
     loss = partial(ppo_loss, agent, normalize_advantages=args.normalize_advantages, **coefs)
     update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
     with Run(args, agent=agent, optimizer=optimizer, return_norm=return_norm) as run:
-        num_iterations = math.ceil(args.total_timesteps / args.batch_size)
         while run.step < args.total_timesteps:
-            # 1. anneal the learning rate: the first iteration has all of it, the last 1/num_iterations
-            learning_rate = args.learning_rate * (1 - run.iteration / num_iterations * args.anneal_lr)
+            # 1. anneal the learning rate
+            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 2. run the policy

@@ -99,6 +99,7 @@ class Args:
     update_epochs: int = 1  # policy steps on each batch; all but the first are off-policy
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # weights of the off-policy steps
     learning_rate: float = 2e-3  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly: all of it at the first step, 0 after the last
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of the regression of V on each batch
@@ -721,6 +722,9 @@ def train(args: Args) -> dict[str, float]:
             run.evaluate()
             print(f"cloned, without any reward: return {run.metrics.get('eval/episodic_return', math.nan):.1f}")
         while run.step < args.total_timesteps:
+            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
             # 1. one whole episode in each environment
             fresh = [env_seed(args.seed, 0, run.iteration, i) for i in range(args.num_envs)]
             episodes = run_episodes(envs, agent, fresh if run.fresh_start else [None] * args.num_envs)
@@ -779,7 +783,7 @@ def train(args: Args) -> dict[str, float]:
                 agent.obs_norm.update(raw_obs.flatten(0, 1)[rows])
             ends = torch.minimum(lengths, lengths.unsqueeze(1)).sum(1)  # steps that all had taken when one ended
             ended = sorted(zip(ends.tolist(), episodic_returns.tolist(), lengths.tolist(), strict=True))
-            metrics["charts/learning_rate"] = args.learning_rate
+            metrics["charts/learning_rate"] = learning_rate
             run.end_iteration(int(lengths.sum()), ended, {name: float(value) for name, value in metrics.items()})
         return run.finish()
 

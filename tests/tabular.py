@@ -1,15 +1,15 @@
 """A Markov decision process so small that all its trajectories can be listed: the tests' exact expectations.
 
-Nothing here comes from a script. Probabilities, J, V, Q and occupancies are float64 and differentiable in the policy.
-J, V and Q come from dynamic programming; the trajectories are listed one by one; so the two ways check each other.
+Nothing here comes from a script. Everything is float64 and differentiable in the policy. J, V, Q and the occupancy come
+from dynamic programming, the trajectories and their probabilities from listing: the two ways check each other.
 
-A policy is a table `pi` of probabilities (rows, A), for example `theta.softmax(-1)`, with one row for each observation.
-Observations are one-hot. Unless `timed`, a row is a state: the policy and any critic see s alone, while the finite
-horizon makes V and Q depend on (t, s); policy-gradient theorems hold all the same. If `timed`, a row is a pair (t, s),
-row t * S + s, with t up to the horizon itself (the last `next_obs`): there a tabular critic can be exact.
+A policy is a table `pi` of probabilities (rows, A), such as `theta.softmax(-1)`, with a row for each observation, which
+is one-hot. Unless `timed`, a row is a state: policy and critic see s alone, though V and Q of the finite horizon depend
+on (t, s); policy gradient theorems hold all the same. If `timed`, row t * S + s is the pair (t, s), t up to the horizon
+itself (the last `next_obs`): there a tabular critic can be exact.
 
-Episodes end where TERMINATES says so, and after `horizon` steps (truncated; as in Gymnasium both flags can be set).
-A terminating transition arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
+An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; as in Gymnasium, it can be both).
+The terminating transition arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,18 +23,13 @@ import torch
 from torch import Tensor, nn
 
 S, A = 3, 2
-TRANSITION = torch.zeros(S, A, S, dtype=torch.float64)  # P(s'|s,a)
-for (s, a), successors in {
-    (0, 0): {1: 1.0}, (0, 1): {0: 0.25, 2: 0.75},
-    (1, 0): {2: 1.0}, (1, 1): {0: 0.4, 1: 0.6},
-    (2, 0): {0: 1.0}, (2, 1): {1: 0.35, 2: 0.65},
-}.items():  # fmt: skip
-    for successor, probability in successors.items():
-        TRANSITION[s, a, successor] = probability
+TRANSITION = torch.tensor(  # P(s'|s,a), (S, A, S)
+    [[[0, 1, 0], [0.25, 0, 0.75]], [[0, 0, 1], [0.4, 0.6, 0]], [[1, 0, 0], [0, 0.35, 0.65]]], dtype=torch.float64
+)
 TERMINATES = torch.zeros(S, A, S, dtype=torch.bool)
 TERMINATES[1, 1, 0] = True
-# r(s, a, s'), different everywhere; far from 0 on average, so that a baseline has something to remove
-REWARD = 2 + torch.tensor([0.3, -1.1, 0.9, -0.4, 1.3, -0.8], dtype=torch.float64).reshape(S, A, 1)
+# r(s,a,s'), different everywhere; far from 0 on average, so that a baseline has something to remove
+REWARD = torch.tensor([[2.3, 0.9], [2.9, 1.6], [3.3, 1.2]], dtype=torch.float64).unsqueeze(-1)
 REWARD = REWARD + torch.tensor([0.05, -0.2, 0.15], dtype=torch.float64)
 CONTINUES = TRANSITION * ~TERMINATES  # P(s', and the episode goes on | s, a)
 

