@@ -56,6 +56,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -290,17 +291,20 @@ def past_rewards(rewards: Tensor) -> Tensor:
     return rewards.cumsum(0) - rewards
 
 
+def leave_one_out(x: Tensor) -> Tensor:
+    """Σ_{j≠i} x_j over the last axis, the episodes, for each i."""
+    return x @ (1 - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
 def average_baseline(weights: Tensor, mask: Tensor) -> Tensor:
     """b_i: the mean over the other episodes of their mean weight; (N,) from (T, N)."""
     means = (weights * mask).sum(0) / mask.sum(0)
-    return (means.sum() - means) / (len(means) - 1)
+    return leave_one_out(means) / (len(means) - 1)
 
 
 def time_baseline(weights: Tensor, mask: Tensor) -> Tensor:
     """b_ti: the mean weight at t over the other episodes that still run then, 0 if none does; (T, N) from (T, N)."""
-    weights = weights * mask
-    others = mask.sum(1, keepdim=True) - mask.int()
-    return (weights.sum(1, keepdim=True) - weights) / others.clamp(min=1)
+    return leave_one_out(weights * mask) / leave_one_out(mask.to(weights.dtype)).clamp(min=1)
 
 
 def optimal_baseline(scores: Tensor, grads: Tensor) -> Tensor:
@@ -309,8 +313,7 @@ def optimal_baseline(scores: Tensor, grads: Tensor) -> Tensor:
     scores g_j = Σ_t ∇ log π(a_t|s_t) and grads h_j = Σ_t ∇ log π(a_t|s_t) Ψ_t are (N, parameters); b is (N,). Where Ψ
     is the return R of the trajectory, h = R g and b estimates E[‖g‖² R] / E[‖g‖²].
     """
-    products, squares = (scores * grads).sum(1), (scores * scores).sum(1)
-    return (products.sum() - products) / (squares.sum() - squares).clamp(min=1e-30)
+    return leave_one_out((scores * grads).sum(1)) / leave_one_out((scores * scores).sum(1)).clamp(min=1e-30)
 
 
 def episode_gradients(actor: nn.Module, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
@@ -390,14 +393,18 @@ def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None]) -> 
 
 def load_demonstrations(path: str, env: gym.Env) -> tuple[Tensor, Tensor]:
     """Recorded observations (K, obs_dim) and actions; the file has the environment's units, this gives the policy's."""
+    obs_space, space = env.observation_space, env.action_space
     try:
-        with np.load(path, allow_pickle=False) as file:
-            obs, actions = file["obs"].astype(np.float32), file["actions"]
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
-        fail(f"--demonstrations {path} is not a file with arrays obs and actions ({error})")
-    space = env.action_space
-    if obs.shape[1:] != env.observation_space.shape or not len(obs) or actions.shape != (len(obs), *space.shape):
-        fail(f"--demonstrations {path} has obs {obs.shape} and actions {actions.shape}, which do not fit {env.spec.id}")
+        file = np.load(path, allow_pickle=False)
+        obs, actions = file["obs"].astype(np.float32), file["actions"]
+    except (OSError, EOFError, LookupError, ValueError, BadZipFile, zlib.error) as error:
+        fail(f"--demonstrations {path} is not an .npz file with arrays obs and actions ({error})")
+    if isinstance(space, spaces.Box) and actions.dtype.kind == "f":
+        actions = actions.astype(space.dtype)
+    if not len(obs) or obs.shape != (len(actions), *obs_space.shape) or not all(map(space.contains, actions)):
+        fail(f"--demonstrations {path} has obs {obs.shape} and actions {actions.shape} that do not fit {env.spec.id}")
+    if not np.isfinite(obs).all():
+        fail(f"--demonstrations {path} has observations that are not finite")
     scale, shift = action_units(space)
     actions = torch.as_tensor((actions - shift) / scale)
     return torch.from_numpy(obs), actions.long() if isinstance(space, spaces.Discrete) else actions.float().flatten(1)
