@@ -399,9 +399,10 @@ def load_demonstrations(path: str, env: gym.Env) -> tuple[Tensor, Tensor]:
         obs, actions = file["obs"].astype(np.float32), file["actions"]
     except (OSError, EOFError, LookupError, ValueError, BadZipFile, zlib.error) as error:
         fail(f"--demonstrations {path} is not an .npz file with arrays obs and actions ({error})")
-    if isinstance(space, spaces.Box) and actions.dtype.kind == "f":
+    if isinstance(space, spaces.Box) and actions.dtype.kind in "fiu":
         actions = actions.astype(space.dtype)
-    if not len(obs) or obs.shape != (len(actions), *obs_space.shape) or not all(map(space.contains, actions)):
+    fits = obs.size and obs.shape[1:] == obs_space.shape and actions.shape[:1] == obs.shape[:1]
+    if not fits or not all(map(space.contains, actions)):
         fail(f"--demonstrations {path} has obs {obs.shape} and actions {actions.shape} that do not fit {env.spec.id}")
     if not np.isfinite(obs).all():
         fail(f"--demonstrations {path} has observations that are not finite")
