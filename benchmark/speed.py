@@ -1,6 +1,7 @@
 """Environment steps a second, end to end, ours beside its peers at identical hyperparameters, and the bare environment.
 
     python -m benchmark.speed --setting ppo-HalfCheetah-v5 --rounds 3
+    python -m benchmark.speed --setting ppo-CartPole-v1 --growth
 
 Each contender is a process of its own with one thread; in a round they run one after the other, so that a machine whose
 speed drifts slows all of them. The first iteration (imports, compilation) is left out. Both clocks are reported: wall
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import tyro
@@ -53,8 +55,10 @@ class Args:
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run
     contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which
-    out: str = ""  # JSON file for the figures
+    out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
+    growth: bool = False  # instead: ours over 1 to 64 environments, widths 64 to 512, and memory over 10M steps
     worker: str = ""  # internal: run this contender and print its stamps
+    flags: str = "{}"  # internal: flags of ours that replace those of the setting, as JSON
 
 
 def stamp(step: int) -> tuple[int, float, float]:
@@ -63,15 +67,17 @@ def stamp(step: int) -> tuple[int, float, float]:
 
 
 def run_ours(setting: dict, steps: int, compiled: bool) -> list:
-    """Stamps at the end of each iteration of our script."""
+    """Stamps, and the resident memory in MiB, at the end of each iteration of our script."""
     import importlib
+
+    import psutil
 
     script = importlib.import_module(setting["script"])
     stamps, end_iteration = [], script.Run.end_iteration
 
-    def end_and_stamp(self, *args):  # noqa: ANN001, ANN002
+    def end_and_stamp(self, *args):
         end_iteration(self, *args)
-        stamps.append(stamp(self.step))
+        stamps.append((*stamp(self.step), psutil.Process().memory_info().rss / 2**20))
 
     script.Run.end_iteration = end_and_stamp
     batch = setting["ours"]["num_envs"] * setting["ours"]["num_steps"]
@@ -135,6 +141,7 @@ def run_bare(setting: dict, steps: int, vector: bool) -> list:
 def work(args: Args) -> None:
     """Runs one contender in this process; its last line of output is the stamps."""
     setting = SETTINGS[args.setting]
+    setting["ours"] |= json.loads(args.flags)
     run = {
         "eager": lambda: run_ours(setting, args.steps, compiled=False),
         "compiled": lambda: run_ours(setting, args.steps, compiled=True),
@@ -143,22 +150,88 @@ def work(args: Args) -> None:
         "vector": lambda: run_bare(setting, args.steps, vector=True),
     }[args.worker]
     stamps = run()
-    print("\n" + json.dumps([stamps[0], stamps[-1]]))
+    thinned = stamps[:: max(1, len(stamps) // 200)]
+    print("\n" + json.dumps([*thinned, stamps[-1]]))
+
+
+def measure(args: Args, worker: str, steps: int, flags: dict | None = None) -> list:
+    """The stamps of one contender, run in a process of its own."""
+    line = [sys.executable, "-m", "benchmark.speed", "--setting", args.setting, "--steps", str(steps)]
+    line += ["--worker", worker, "--flags", json.dumps(flags or {})]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed_of(stamps: list) -> tuple[float, float]:
+    """Steps a second between the first stamp and the last, on the wall and on the CPU clock."""
+    (step0, wall0, cpu0, *_), (step1, wall1, cpu1, *_) = stamps[0], stamps[-1]
+    return (step1 - step0) / (wall1 - wall0), (step1 - step0) / (cpu1 - cpu0)
+
+
+def grow(args: Args) -> dict:
+    """Steps a second over environments and over width (best of the rounds, CPU clock), and memory over steps."""
+    ours = SETTINGS[args.setting]["ours"]
+    batch = ours["num_envs"] * ours["num_steps"]
+    figures: dict[str, dict] = {"num_envs": {}, "hidden_size": {}, "memory": {}}
+    for mode in ("eager", "compiled"):
+        for n in (1, 2, 4, 8, 16, 32, 64):  # of the same batch
+            flags = {"num_envs": n, "num_steps": max(1, batch // n)}
+            runs = [speed_of(measure(args, mode, args.steps, flags))[1] for _ in range(args.rounds)]
+            figures["num_envs"].setdefault(mode, {})[n] = round(max(runs))
+        for width in (64, 128, 256, 512):
+            runs = [speed_of(measure(args, mode, args.steps, {"hidden_size": width}))[1] for _ in range(args.rounds)]
+            figures["hidden_size"].setdefault(mode, {})[width] = round(max(runs))
+    light = {"num_envs": 16, "num_steps": 512, "num_minibatches": 1, "update_epochs": 1}
+    stamps = measure(args, "eager", 10_000_000, light)
+    figures["memory"] = {step: round(rss, 1) for step, _, _, rss in stamps}
+    return figures
+
+
+def draw(figures: dict, setting: str, path: Path) -> None:
+    """Three panels: speed over environments, speed over width, memory over steps."""
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, key, label in zip(axes, ("num_envs", "hidden_size"), ("environments", "hidden size"), strict=False):
+        for mode, marker in (("eager", "o"), ("compiled", "s")):
+            xs, ys = zip(*((int(x), y) for x, y in figures[key][mode].items()), strict=True)
+            axis.plot(xs, ys, marker=marker, label=mode)
+        axis.set(xscale="log", xlabel=label, ylabel="environment steps / CPU second", ylim=(0, None), xticks=xs)
+        axis.set_xticks([], minor=True)
+        axis.set_xticklabels(xs)
+        axis.legend()
+    xs, ys = zip(*((int(x) / 1e6, y) for x, y in figures["memory"].items()), strict=True)
+    axes[2].plot(xs, ys, color="black")
+    axes[2].set(xlabel="environment steps (millions)", ylabel="resident memory (MiB)", ylim=(0, None))
+    plt.suptitle(setting)
+    plt.savefig(path, dpi=120)
+
+
+def save(args: Args, figures: dict) -> None:
+    """Prints the figures of --growth, and writes those of either kind with the versions."""
+    if args.growth:
+        print(json.dumps({key: figures[key] for key in ("num_envs", "hidden_size")}, indent=1))
+    if args.out:
+        packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
+        versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+        head = {"args": dataclasses.asdict(args), "setting": SETTINGS[args.setting], "versions": versions}
+        Path(args.out).write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n")
+        if args.growth:
+            draw(figures, args.setting, Path(args.out).with_suffix(".png"))
 
 
 def main(args: Args) -> None:
     """Interleaves the contenders, prints a table of medians with their spread, and writes it."""
     if args.worker:
         return work(args)
+    if args.growth:
+        return save(args, grow(args))
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.contenders}
     for _ in range(args.rounds):
         for name in args.contenders:
-            line = [sys.executable, "-m", "benchmark.speed", "--setting", args.setting, "--steps", str(args.steps)]
-            done = subprocess.run([*line, "--worker", name], cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-            (step0, wall0, cpu0), (step1, wall1, cpu1) = json.loads(done.stdout.splitlines()[-1])
-            speeds[name].append(((step1 - step0) / (wall1 - wall0), (step1 - step0) / (cpu1 - cpu0)))
+            speeds[name].append(speed_of(measure(args, name, args.steps)))
     table = {}
     print(f"{args.setting}: environment steps a second, median of {args.rounds} rounds (lowest to highest)")
     for name, rows in speeds.items():
@@ -173,14 +246,7 @@ def main(args: Args) -> None:
             f"{name:9s} {statistics.median(wall):9,.0f} wall ({min(wall):,.0f} to {max(wall):,.0f})"
             f" {statistics.median(cpu):9,.0f} cpu ({min(cpu):,.0f} to {max(cpu):,.0f}){ratio}"
         )
-    if args.out:
-        from importlib.metadata import version
-
-        packages = ("torch", "gymnasium", "numpy", "stable-baselines3", "mujoco")
-        versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-        head = {"args": dataclasses.asdict(args), "settings": SETTINGS[args.setting], "versions": versions}
-        Path(args.out).write_text(json.dumps(head | {"speeds": table}, indent=1) + "\n")
-    return None
+    return save(args, table)
 
 
 if __name__ == "__main__":
