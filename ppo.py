@@ -51,6 +51,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, NoReturn
+from zipfile import BadZipFile, ZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -356,8 +357,11 @@ class Collector:
         self.obs = np.array([obs for obs, _ in resets], np.float32)
         self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
 
-    def collect(self, agent: Agent, num_steps: int) -> tuple[Rollout, list[tuple[int, float, int]]]:
-        """Runs the policy for T steps; also gives (steps taken, return, length) for each episode that ended."""
+    def collect(self, agent: Agent, num_steps: int, step: int = 0) -> tuple[Rollout, list[tuple[int, float, int]]]:
+        """Runs the policy for T steps; also gives (steps taken, return, length) for each episode that ended.
+
+        `step` is the number of environment steps before, for the message if something is not finite.
+        """
         act, shape, actions, ended = agent.policy(), (num_steps, len(self.envs)), [], []
         obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
         rewards, discounted_returns = np.empty((2, *shape), np.float32)
@@ -365,6 +369,8 @@ class Collector:
         for t, noise in enumerate(agent.actor.noise(*shape).numpy()):
             obs[t] = self.obs
             actions.append(act(self.obs, noise))
+            if not math.isfinite(actions[t].sum()):  # no environment shall see this
+                check_finite(step + t * len(self.envs), {"obs": self.obs, "actions": actions[t]})
             env_actions = self.to_env(actions[t])
             for i, env in enumerate(self.envs):
                 next_obs[t, i], reward, terminated[t, i], truncated, _ = env.step(env_actions[i])
@@ -396,12 +402,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
 def check_flags(args: Any) -> None:
     """Raises ValueError, in one sentence, for the first number that its flag cannot mean."""
     for name, value in vars(args).items():
-        if isinstance(value, bool | str) or name == "log_std_init":
+        if isinstance(value, bool | str):
             continue
-        low = 0 if isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every") else 1
+        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
+        low = -math.inf if name == "log_std_init" else 0 if zero else 1
         high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
-        if not low <= value <= high:  # nan neither
-            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+        if not (low <= value <= high and math.isfinite(value)):
+            limits = f"between {low} and 1" if high == 1 else f"a number of at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
 
 
 def set_up(device: str, num_threads: int, seed: int) -> torch.device:
@@ -505,12 +513,12 @@ def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def check_finite(step: int, values: dict) -> None:
-    """Ends the run at the first number that is not finite, before it can reach a checkpoint."""
+    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
     for name, value in values.items():
         if isinstance(value, dict):
             check_finite(step, {f"{name} {key}": x for key, x in value.items()})
-        elif isinstance(value, Tensor | float) and not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite in the iteration from step {step:,}; the last checkpoint stays as it was", 1)
+        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
+            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
 
 
 class Run:
@@ -531,27 +539,33 @@ class Run:
         self.path = self.dir / "checkpoint.pt"
         if args.resume and not args.run_dir:
             fail("--resume needs --run-dir, the run to go on with")
-        if args.resume and self.path.exists():
+        try:
+            used = self.dir.exists() and any(self.dir.iterdir())
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
+        if used and not args.resume:
+            fail(f"{self.dir} is not empty: add --resume to go on with the run in it, or name another --run-dir")
+        if self.path.exists():
             self.load()
-        elif self.dir.is_file() or (self.dir.exists() and not args.resume and any(self.dir.iterdir())):
-            fail(f"{self.dir} is not an empty directory: add --resume to go on with the run in it, or name another")
 
     def load(self) -> None:
         """Takes everything from the checkpoint, or refuses it."""
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            then = saved["args"] | {"script": saved["script"]}
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError):
+            with ZipFile(self.path) as file:
+                if file.testzip():
+                    raise BadZipFile  # PyTorch does not look at the checksums
+            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
+            changed = [k for k in now | then if k not in FREE_FLAGS and now.get(k, "none") != then.get(k, "none")]
+            if changed:
+                differences = ", ".join(f"{k} (was {then.get(k, 'none')}, is {now.get(k, 'none')})" for k in changed)
+                fail(f"{self.path} goes on only with the flags that it was made with; these differ: {differences}")
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.step, self.iteration = saved["step"], saved["iteration"]
+            torch.set_rng_state(saved["rng"])
+        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
             fail(f"{self.path} is damaged, or not a checkpoint of this project")
-        now = asdict(self.args) | {"script": SCRIPT}
-        changed = [k for k in now | then if k not in FREE_FLAGS and (k in now, now.get(k)) != (k in then, then.get(k))]
-        if changed:
-            differences = ", ".join(f"{k} (was {then.get(k)}, is {now.get(k)})" for k in changed)
-            fail(f"{self.path} can go on only with the flags it was made with; these differ: {differences}")
-        for part in self.parts:
-            self.parts[part].load_state_dict(saved[part])
-        self.step, self.iteration = saved["step"], saved["iteration"]
-        torch.set_rng_state(saved["rng"])
 
     def save(self) -> None:
         """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
@@ -571,7 +585,7 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            fail(f"{self.dir} cannot be made ({error.strerror})")
+            fail(f"--run-dir {self.dir} cannot be made ({error.strerror})")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
         flags = asdict(self.args).items()
         self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
@@ -683,7 +697,7 @@ def train(args: Args) -> dict[str, float]:
             # 2. run the policy
             if run.fresh_start:
                 collector.reset(args.seed, run.iteration)
-            rollout, ended = collector.collect(agent, args.num_steps)
+            rollout, ended = collector.collect(agent, args.num_steps, run.step)
             check_finite(run.step, rollout._asdict())
             ends = rollout.dones.clone()
             ends[-1] = True

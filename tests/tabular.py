@@ -28,7 +28,7 @@ TRANSITION = torch.tensor(  # P(s'|s,a), (S, A, S)
 )
 TERMINATES = torch.zeros(S, A, S, dtype=torch.bool)
 TERMINATES[1, 1, 0] = True
-# r(s,a,s'), different everywhere; far from 0 on average, so that a baseline has something to remove
+# r(s,a,s'), different everywhere; all positive, so that a baseline has something to remove
 REWARD = torch.tensor([[2.3, 0.9], [2.9, 1.6], [3.3, 1.2]], dtype=torch.float64).unsqueeze(-1)
 REWARD = REWARD + torch.tensor([0.05, -0.2, 0.15], dtype=torch.float64)
 CONTINUES = TRANSITION * ~TERMINATES  # P(s', and the episode goes on | s, a)
