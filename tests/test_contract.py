@@ -64,7 +64,7 @@ SCRIPTS = {
         {"num_steps": 64, "update_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
         ("update_epochs", "num_minibatches"), {"losses/q_loss"}, {"num_minibatches": 7}),
     "reinforce": Script(
-        {"update_epochs": 2, "critic_epochs": 2}, {"env_id": "Toy40-v0"},
+        {"update_epochs": 2, "critic_epochs": 2, "cloning_steps": 2}, {"env_id": "Toy40-v0"},
         ("update_epochs", "critic_epochs"), {"losses/q_loss", "losses/clipfrac"}, {"num_envs": 1, "baseline": "time"}),
 }  # fmt: skip
 TAGS = {
@@ -74,15 +74,19 @@ TAGS = {
 }  # fmt: skip
 # Another value for each flag that is not a switch or a choice, of which all values are tried
 OTHER = {
-    "env_id": "CartPole-v1", "seed": 2, "total_timesteps": 300, "num_envs": 4, "device": "cpu", "num_threads": 2,
+    "env_id": "CartPole-v1", "seed": 2, "total_timesteps": 300, "num_envs": 4, "device": "auto", "num_threads": 2,
     "run_dir": "", "checkpoint_every": 60, "eval_every": 100, "eval_episodes": 1, "num_steps": 32,
     "learning_rate": 1e-4, "gamma": 0.5, "gae_lambda": 0.3, "update_epochs": 3, "num_minibatches": 4,
     "clip_coef": 1e-4, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "hidden_size": 8,
     "log_std_init": -1.0, "critic_learning_rate": 1e-4, "critic_epochs": 3, "demonstrations": "demonstrations.npz",
     "cloning_steps": 3,
 }  # fmt: skip
-NEEDS = {"cloning_steps": {"demonstrations": "demonstrations.npz"}}  # flags without which another one has no effect
-NEUTRAL = {"device", "compile", "run_dir", "resume", "eval_every", "eval_episodes"}  # of no effect
+# What is set as well where a flag is tried, so that it has an effect, or does not take long
+NEEDS = {
+    "cloning_steps": {"demonstrations": "demonstrations.npz"}, "compile": {"env_id": "Toy20-v0"},
+    "num_threads": {"total_timesteps": 16},
+}  # fmt: skip
+NEUTRAL = {"compile", "run_dir", "resume", "eval_every", "eval_episodes"}  # of no effect
 ZERO_IS_OFF = {"seed", "checkpoint_every", "eval_every", "eval_episodes"}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -151,8 +155,12 @@ for env_id, pair in (SUPPORTED | UNSUPPORTED).items():
 
 
 def flags_of(name: str, **flags: Any) -> dict[str, Any]:
-    short = {"num_envs": 2, "env_id": "Toy-v0", "total_timesteps": 256, "eval_episodes": 0}
+    short = {"env_id": "Toy-v0", "num_envs": 2, "total_timesteps": 256, "eval_episodes": 0, "device": "cpu"}
     return short | SCRIPTS[name].tiny | flags
+
+
+def normalizing(name: str) -> dict[str, bool]:
+    return {field.name: True for field in fields(importlib.import_module(name).Args) if "normalize" in field.name}
 
 
 def words(flags: dict[str, Any]) -> list[str]:
@@ -183,9 +191,8 @@ def refused(name: str, *parts: str, **flags: Any) -> None:
     """The command leaves with status 2 and one sentence that has all the parts."""
     status, out, err = cli(name, **flags)
     assert (status, out) == (2, "")
-    if not err.startswith(f"{name}: "):  # what tyro finds wrong with a flag is in a frame, of what the terminal has
-        assert re.match(r"╭─ |\+- | \w+ \w+ +\n -", err)
-        err = f"{name}: {' '.join(re.sub('[╭╮╰╯│─]', ' ', err).split())}\n"
+    if "For full helptext" in err:  # tyro's frame, around what is wrong with a flag
+        err = f"{name}: {' '.join(err.split())}\n"
     assert err.startswith(f"{name}: ")
     assert err.count("\n") == 1
     for part in parts:
@@ -320,12 +327,10 @@ KILLS = (("fsync", 1), ("step", 100), ("save", 2), ("replaced", 1), ("replace", 
 
 
 @every_script
-@pytest.mark.parametrize("env", [{"env_id": "CartPole-v1"}, {"env_id": "Pendulum-v1", "normalize": True}], ids=str)
-def test_killed_and_resumed_runs_equal_undisturbed_ones(name: str, env: dict, tmp_path: Path) -> None:
-    env_id, module = env["env_id"], importlib.import_module(name)
-    norms = {field.name: True for field in fields(module.Args) if field.name.startswith("normalize")}
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_killed_and_resumed_runs_equal_undisturbed_ones(name: str, env_id: str, tmp_path: Path) -> None:
     flags = {"env_id": env_id, "total_timesteps": 2400, "checkpoint_every": 700, "eval_every": 500, "eval_episodes": 1}
-    flags |= {"run_dir": "run", "resume": True} | (norms if "normalize" in env else {})
+    flags |= {"run_dir": "run", "resume": True} | (normalizing(name) if env_id == "Pendulum-v1" else {})
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     assert process(name, tmp_path / "whole", **flags) == (0, "")
@@ -372,7 +377,7 @@ def test_resume_wants_the_same_flags(name: str, finished: Callable) -> None:
     assert contents(Path("run")) == before
     refused(name, "--run-dir", **resume)
     Path("run").rename("moved")
-    free = {"run_dir": "moved", "device": "cpu", "num_threads": 2}
+    free = {"run_dir": "moved", "device": "auto", "num_threads": 2}
     assert cli(name, **resume | free)[::2] == (0, "")
     assert contents(Path("moved"))["checkpoint.pt"] == before["checkpoint.pt"]
     stranger = next(other for other in SCRIPTS if other != name)
@@ -434,9 +439,10 @@ BAD = [
     *(({"env_id": each}, each) for each in UNSUPPORTED), ({"num_envs": 0}, "num-envs"), ({"gamma": 1.5}, "gamma"),
     ({"total_timesteps": -1}, "total-timesteps"), ({"learning_rate": math.nan}, "learning-rate"),
     ({"seed": 1.5}, "seed"), ({"compile": "yes"}, "yes"), ({"typo": 1}, "typo"), ({"device": "tpu"}, "tpu"),
-    ({"device": "cuda:7"}, "cuda:7"), ({"device": "cuda:x"}, "cuda:x"), ({"resume": True}, "run-dir"),
+    ({"device": "cuda:99"}, "cuda:99"), ({"device": "cuda:x"}, "cuda:x"), ({"resume": True}, "run-dir"),
     ({"run_dir": "file"}, "file"), ({"run_dir": "file/below"}, "file"), ({"run_dir": "x" * 999}, "xxx"),
     ({"run_dir": "file/below", "resume": True}, "file"), ({"run_dir": "full"}, "full"),
+    *([] if torch.cuda.is_available() else [({"device": "cuda"}, "cuda")]),
 ]  # fmt: skip
 
 
@@ -528,9 +534,8 @@ def test_full_disk_leaves_the_last_checkpoint(name: str, monkeypatch: pytest.Mon
 
 @every_script
 def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module(name)
-    evaluate, logged, norms = module.evaluate, [], {}
-    norms = {field.name: True for field in fields(module.Args) if field.name.startswith("normalize")}
+    module, logged = importlib.import_module(name), []
+    evaluate = module.evaluate
 
     def everything(agent: torch.nn.Module) -> Any:
         generators = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
@@ -549,7 +554,7 @@ def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.
         return result
 
     monkeypatch.setattr(module, "evaluate", watched)
-    on = {"eval_every": 100, "eval_episodes": 3, "total_timesteps": 400} | norms
+    on = {"eval_every": 100, "eval_episodes": 3, "total_timesteps": 400} | normalizing(name)
     train(name, "on", **on)
     train(name, "off", **on | {"eval_every": 0, "eval_episodes": 0})
     points, plain = curves(Path("on")), curves(Path("off"))
@@ -562,10 +567,12 @@ def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.
     due = [end for start, end in itertools.pairwise([0, *ends]) if end // 100 > start // 100]
     assert [step for step, _ in points["eval/episodic_return"]] == (due if due[-1] == ends[-1] else [*due, ends[-1]])
 
-    # Another process gets the same actions from the checkpoint
-    status, err = process(name, Path(), run_dir="on", resume=True, **on)
-    assert (status, err) == (0, "")
-    assert curves(Path("on"))["eval/episodic_return"][-1] == points["eval/episodic_return"][-1]
+    # Another process gets the same policy from the checkpoint
+    for path in Path("on").glob("events*"):
+        path.unlink()
+    assert process(name, Path(), run_dir="on", resume=True, **on) == (0, "")
+    again = curves(Path("on"))
+    assert again == {tag: points[tag][-1:] for tag in again if tag.startswith("eval/")} != {}
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------
@@ -702,10 +709,10 @@ def test_every_flag_runs_and_has_its_effect(name: str, monkeypatch: pytest.Monke
             assert value != flags_of(name).get(field.name, field.default) or field.name == "run_dir"
             needs = NEEDS.get(field.name, {})
             changed = {field.name: value} if field.name != "run_dir" else {}  # each run has another one
-            new = result(**needs, **changed)
-            if field.name == "num_threads":  # more threads may round differently
+            new = result(**needs, **changed)  # more threads and a GPU may round differently
+            if field.name == "num_threads":
                 assert torch.get_num_threads() == value
-            elif same(result(**needs) if needs else base, new) != (field.name in NEUTRAL):
+            elif field.name != "device" and same(result(**needs) if needs else base, new) != (field.name in NEUTRAL):
                 wrong.append(f"{field.name}={value}")
     assert wrong == []
 
@@ -800,7 +807,7 @@ def test_sync_copies_a_definition_and_prints_what_differs(tmp_path: Path) -> Non
 def test_on_a_pretended_gpu_the_run_is_the_same_and_waits_rarely(name: str) -> None:
     flags = {"env_id": "Toy20-v0", "normalize_obs": True}
     train(name, "cpu", **flags, eval_episodes=1)
-    Toy.flaw, Toy.steps, Toy.flaw_at = "crash", 0, 150
+    Toy.flaw, Toy.steps = "crash", 0
     with pretend_cuda() as gpu:
         with pytest.raises(AssertionError):
             train(name, "crashed", device="cuda", checkpoint_every=100, **flags)
@@ -808,8 +815,7 @@ def test_on_a_pretended_gpu_the_run_is_the_same_and_waits_rarely(name: str) -> N
         train(name, "cuda", device="cuda", **flags, eval_episodes=1)
     assert gpu.draws == []  # all noise comes from the CPU's generator
     assert same(state(Path("cpu")), state(Path("cuda")))
-    points = [curves(Path(run)) for run in ("cpu", "cuda")]
-    assert points[0] == points[1]
+    assert curves(Path("cpu")) == curves(Path("cuda"))
     train(name, "boundary", checkpoint_every=100, **flags)
     train(name, "crashed", device="cpu", resume=True, checkpoint_every=100, **flags)  # begun there, ended here
     assert same(state(Path("boundary")), state(Path("crashed")))
@@ -817,14 +823,14 @@ def test_on_a_pretended_gpu_the_run_is_the_same_and_waits_rarely(name: str) -> N
     def waits(run: str, **more: Any) -> tuple[int, int]:
         Toy.steps = 0
         with pretend_cuda() as gpu:
-            train(name, run, **flags | {"device": "cuda", "checkpoint_every": 0} | more)
+            train(name, run, **flags | {"device": "cuda", "total_timesteps": 120} | more)
         return len(gpu.waits), Toy.steps // 2
 
     args = importlib.import_module(name).Args(**flags_of(name))
     few, short = waits("few")
     for flag in SCRIPTS[name].free:
         assert waits(flag, **{flag: 2 * getattr(args, flag)}) == (few, short)
-    more, long = waits("longer", **SCRIPTS[name].longer, total_timesteps=512)
+    more, long = waits("longer", **SCRIPTS[name].longer, total_timesteps=240)
     assert long == 2 * short
     assert more - few == SCRIPTS[name].waits_per_step * (long - short)
 

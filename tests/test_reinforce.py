@@ -860,6 +860,25 @@ def test_every_choice_trains(weight: str, discount_from: str, baseline: str, tmp
         assert {name.split(".")[0] for name in run.same} == {"actor", "critic"} - trained
 
 
+def test_environments_get_seeds_of_their_own(tmp_path, monkeypatch):
+    """At the start and after a checkpoint, where all episodes begin anew; in between they are not seeded again."""
+    seen, run_episodes = [], reinforce.run_episodes
+
+    def spy(envs: list[gym.Env], agent: reinforce.Agent, seeds: list[int | None]) -> reinforce.Episodes:
+        seen.append(seeds)
+        return run_episodes(envs, agent, seeds)
+
+    monkeypatch.setattr(reinforce, "run_episodes", spy)
+    for seed in (1, 2):
+        real_run(tmp_path / str(seed), env_id="Tabular-v0", seed=seed, num_envs=3, total_timesteps=60,
+                 checkpoint_every=25, eval_episodes=0)  # fmt: skip
+    fresh = [seeds for seeds in seen if seeds != [None] * 3]
+    assert seen[0] in fresh
+    assert len(fresh) == 6  # from step 0, 25 and 50 of each run
+    assert len(seen) > 12
+    assert len({seed for seeds in fresh for seed in seeds} - {None}) == 18
+
+
 @pytest.mark.parametrize("flags", [{"normalize_obs": True}, {"normalize_advantages": True}, {"log_std_init": -1.0}])
 def test_continuous_actions_train(flags: dict, tmp_path):
     run = real_run(tmp_path, env_id="Pendulum-v1", num_envs=2, total_timesteps=800, eval_episodes=1, **flags)
