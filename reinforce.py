@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0",
 #   "gymnasium[classic-control,mujoco]==1.4.0",

@@ -41,6 +41,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import OrderEnforcing
 from pretend_cuda import DeviceMixError, pretend_cuda
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -229,12 +230,25 @@ def strike(moment: str, count: int, signum: int) -> None:
     setattr(owner, attribute, struck)
 
 
+def buffer_events() -> None:
+    """An event that was not flushed is lost if this process is killed, always and not only sometimes."""
+    write, flush, pending = RecordWriter.write, RecordWriter.flush, []
+
+    def write_and_flush(self: RecordWriter) -> None:
+        while pending:
+            write(self, pending.pop(0))
+        flush(self)
+
+    RecordWriter.write, RecordWriter.flush = lambda _, data: pending.append(data), write_and_flush
+
+
 def in_child(script: Path, argv: list[str], folder: Path, out: str, moments: tuple, second: int) -> None:
     os.chdir(folder)
     for fd, path in ((1, out), (2, "err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), fd)
     clock, sys.argv = time.time, [script.name, *argv]
     time.time = lambda: clock() + second  # an event file is named after the second, and these runs are much shorter
+    buffer_events()
     for moment in moments:
         strike(*moment)
     runpy.run_path(str(script), run_name="__main__")
@@ -534,7 +548,7 @@ def test_full_disk_leaves_the_last_checkpoint(name: str, monkeypatch: pytest.Mon
 
 @every_script
 def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, logged = importlib.import_module(name), []
+    module, logged, seeds = importlib.import_module(name), [], set()
     evaluate = module.evaluate
 
     def everything(agent: torch.nn.Module) -> Any:
@@ -544,8 +558,10 @@ def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.
     def watched(agent: torch.nn.Module, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
         for mode in (False, True):
             agent.train(mode)
-            before, Toy.ended = everything(agent), []
+            before, others, Toy.ended, Toy.seeds = everything(agent), Toy.seeds, [], []
             result = evaluate(agent, env, seed, episodes)
+            seeds.update(Toy.seeds)
+            Toy.seeds = others
             assert same(before, everything(agent))
             _, returns, lengths = zip(*Toy.ended, strict=True)
             assert len(returns) == episodes
@@ -556,6 +572,8 @@ def test_evaluation_is_right_and_changes_nothing(name: str, monkeypatch: pytest.
     monkeypatch.setattr(module, "evaluate", watched)
     on = {"eval_every": 100, "eval_episodes": 3, "total_timesteps": 400} | normalizing(name)
     train(name, "on", **on)
+    assert len(seeds) == 1
+    assert not seeds & set(Toy.seeds)
     train(name, "off", **on | {"eval_every": 0, "eval_episodes": 0})
     points, plain = curves(Path("on")), curves(Path("off"))
     assert same(state(Path("on")), state(Path("off")))

@@ -700,6 +700,17 @@ def test_each_environment_runs_exactly_one_episode(space: gym.Space):
         assert (actions.abs() > 1).any()
 
 
+def test_every_step_has_noise_of_its_own():
+    """However long the episode: the deviations from the mean are all different, and standard normal over σ."""
+    envs = [Counting(i, length, "truncated", TWO_AXES) for i, length in enumerate((600, 400))]
+    agent = random_agent(1, TWO_AXES, torch.float32)
+    obs, actions, _, mask = reinforce.run_episodes(envs, agent, [0, 0])
+    z = ((actions - agent.actor.net(obs)) / agent.actor.log_std.exp())[mask].detach()
+    assert len(z.unique(dim=0)) == 1000
+    close(z.mean(0), [0.0, 0.0], 4 / math.sqrt(1000))
+    close(z.T @ z / 1000, torch.eye(2), 4 * math.sqrt(2 / 1000))
+
+
 # -- cloning -----------------------------------------------------------------------------------------------------------
 
 
@@ -864,9 +875,9 @@ def test_environments_get_seeds_of_their_own(tmp_path, monkeypatch):
     """At the start and after a checkpoint, where all episodes begin anew; in between they are not seeded again."""
     seen, run_episodes = [], reinforce.run_episodes
 
-    def spy(envs: list[gym.Env], agent: reinforce.Agent, seeds: list[int | None]) -> reinforce.Episodes:
+    def spy(envs: list[gym.Env], agent: reinforce.Agent, seeds: list[int | None], *rest: Any) -> reinforce.Episodes:
         seen.append(seeds)
-        return run_episodes(envs, agent, seeds)
+        return run_episodes(envs, agent, seeds, *rest)
 
     monkeypatch.setattr(reinforce, "run_episodes", spy)
     for seed in (1, 2):
