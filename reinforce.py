@@ -34,7 +34,8 @@ no function (Nota and Thomas 2019). With γ = 1 both are the same.
 
 Baseline. `average`, `time` (one for each t) and `optimal` (of all constants the one with the least variance: for g =
 ∇ log p_θ(τ) and the return R it is E[‖g‖²R] / E[‖g‖²]) are taken over the other N − 1 episodes. An episode in its own
-baseline would bias the gradient by a factor 1 − 1/N. `value` is V(s_t), fitted to earlier batches.
+baseline would bias the gradient by a factor 1 − 1/N. `value` is V(s_t), fitted to earlier batches; it does not see how
+much time is left, so where all episodes run into the limit `time` is the better one.
 
 Importance. `trajectory`, Π_t π_θ/β over the episode, is exact, but its variance grows exponentially with the length.
 `causal`, Π_{t'≤t} π_θ/β, has the states of π_θ but leaves Ψ that of β. `first_order`, π_θ/β at t alone, also leaves the
@@ -48,7 +49,8 @@ iteration, and those that end early wait: the first N episodes to end would too 
 Compare with actor_critic.py, which replaces the return by a critic's estimate and needs no whole episodes.
 
     python reinforce.py
-    python reinforce.py --env-id InvertedPendulum-v5 --total-timesteps 1000000 --normalize-obs --log-std-init -0.5
+    python reinforce.py --env-id InvertedPendulum-v5 --total-timesteps 1000000 --baseline time --normalize-obs \
+        --log-std-init -0.5
 """
 import math
 import os

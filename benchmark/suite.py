@@ -19,7 +19,7 @@ PPO_MUJOCO = (
     "--gae-lambda 0.95 --log-std-init -1 --normalize-obs --normalize-rewards --compile"
 )
 FLAGS = {
-    ("reinforce", "InvertedPendulum-v5"): "--normalize-obs --log-std-init -0.5",
+    ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --gamma 0.9 --gae-lambda 0.95"
     ),
