@@ -623,8 +623,8 @@ class Run:
         self.show_progress()
         finished = self.step >= self.args.total_timesteps
         every = self.args.eval_every
-        if every and self.step // every > before // every and not finished:
-            self.evaluate()
+        if finished or (every and self.step // every > before // every):
+            self.log(self.step, self.evaluate())
         every = self.args.checkpoint_every
         self.fresh_start = bool(every) and self.step // every > before // every
         if self.fresh_start or finished or self.signal:
@@ -654,16 +654,17 @@ class Run:
             line += f"  return {self.last_return:.1f}"
             print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
 
-    def evaluate(self) -> None:
-        """Logs the greedy policy's return and length."""
-        if self.args.eval_episodes:
-            result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-            self.log(self.step, dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True)))
+    def evaluate(self) -> dict[str, float]:
+        """The greedy policy's return and length."""
+        if not self.args.eval_episodes:
+            return {}
+        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
+        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
 
     def finish(self) -> dict[str, float]:
-        """Evaluates for the last time; gives the last value of each metric."""
-        self.evaluate()
+        """Prints how good the policy has become; gives the last value of each metric."""
         if self.args.eval_episodes:
+            self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
             value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
             print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
             verdict = "solved" if threshold is not None and value >= threshold else "not solved"

@@ -52,6 +52,7 @@ Compare with actor_critic.py, which replaces the return by a critic's estimate a
     python reinforce.py --env-id InvertedPendulum-v5 --total-timesteps 1000000 --baseline time --normalize-obs \
         --log-std-init -0.5
 """
+
 import math
 import os
 import re
@@ -669,8 +670,8 @@ class Run:
         self.show_progress()
         finished = self.step >= self.args.total_timesteps
         every = self.args.eval_every
-        if every and self.step // every > before // every and not finished:
-            self.evaluate()
+        if finished or (every and self.step // every > before // every):
+            self.log(self.step, self.evaluate())
         every = self.args.checkpoint_every
         self.fresh_start = bool(every) and self.step // every > before // every
         if self.fresh_start or finished or self.signal:
@@ -700,16 +701,17 @@ class Run:
             line += f"  return {self.last_return:.1f}"
             print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
 
-    def evaluate(self) -> None:
-        """Logs the greedy policy's return and length."""
-        if self.args.eval_episodes:
-            result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-            self.log(self.step, dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True)))
+    def evaluate(self) -> dict[str, float]:
+        """The greedy policy's return and length."""
+        if not self.args.eval_episodes:
+            return {}
+        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
+        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
 
     def finish(self) -> dict[str, float]:
-        """Evaluates for the last time; gives the last value of each metric."""
-        self.evaluate()
+        """Prints how good the policy has become; gives the last value of each metric."""
         if self.args.eval_episodes:
+            self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
             value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
             print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
             verdict = "solved" if threshold is not None and value >= threshold else "not solved"
@@ -744,7 +746,7 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_obs:
                 agent.obs_norm.update(obs)
             clone(agent, agent.obs_norm(obs), actions, args.cloning_steps, args.learning_rate)
-            run.evaluate()
+            run.log(0, run.evaluate())
             print(f"cloned, without any reward: return {run.metrics.get('eval/episodic_return', math.nan):.1f}")
         while run.step < args.total_timesteps:
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
