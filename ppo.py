@@ -24,10 +24,11 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Adv
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
         6. update the observation statistics, then log, evaluate and save
 
-What departs from the paper, and why: the advantages are computed anew every epoch with the newest critic (the largest
-single gain in Tianshou's trials); they are normalised per minibatch; observations and rewards can be scaled by running
-statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true successor, it is not the end of
-the task. Actor and critic are two networks, so vf_coef only weighs them in the common clipping. V is not clipped.
+What departs from the paper, and why: advantages and returns are computed anew every epoch with the newest critic, which
+Andrychowicz et al. 2021 found to help; advantages are normalised per minibatch; observations and rewards can be scaled
+by running statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true successor, since it is
+not the end of the task; all episodes restart after a checkpoint, so that a resumed run is exact. Actor and critic are
+two networks, so vf_coef only weighs them in the common clipping. The value is not clipped, which gains nothing.
 
 Compare with a2c.py: one step on the whole batch, with log π in the place of ρ.
 
@@ -59,7 +60,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.nn.functional import linear, mse_loss
+from torch.nn.functional import mse_loss
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -84,15 +85,15 @@ class Args:
     # Algorithm
     num_steps: int = 32  # steps of each environment in a rollout, T
     learning_rate: float = 1e-3  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly: all of it at the first step, 0 after the last
+    anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.8  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
     update_epochs: int = 20  # passes over each batch
     num_minibatches: int = 1  # minibatches in a pass; must divide num_steps x num_envs
-    clip_coef: float = 0.2  # ε: the ratio earns nothing outside of [1 - ε, 1 + ε]
+    clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio out of [1 - ε, 1 + ε]
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # the gradient of all parameters together is clipped to this norm
+    max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
     target_kl: float = 0.0  # no further epoch once one has ended with a mean approximate KL above this; 0: off
     normalize_advantages: bool = True  # shift and scale the advantages of each update to mean 0 and deviation 1
     normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
@@ -120,26 +121,20 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     if not isinstance(obs_space, spaces.Box | spaces.Discrete):
         fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
-    if not isinstance(action_space, spaces.Discrete) and getattr(action_space.dtype, "kind", "") != "f":
+    is_box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+    if not is_box and not isinstance(action_space, spaces.Discrete):
         fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
     flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-class MLP(nn.Module):
+def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
     """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
-
-    def __init__(self, fan_in: int, hidden_size: int, fan_out: int, gain: float) -> None:
-        super().__init__()
-        sizes = [fan_in, hidden_size, hidden_size, fan_out]
-        for i, layer_gain in enumerate((math.sqrt(2), math.sqrt(2), gain)):
-            weight = nn.init.orthogonal_(torch.empty(sizes[i + 1], sizes[i]), layer_gain)
-            self.register_parameter(f"weight{i + 1}", nn.Parameter(weight))
-            self.register_parameter(f"bias{i + 1}", nn.Parameter(torch.zeros(sizes[i + 1])))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w1, b1, w2, b2, w3, b3 = self._parameters.values()
-        return linear(linear(linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
+    layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
+    for layer, layer_gain in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class CategoricalActor(nn.Module):
@@ -148,7 +143,7 @@ class CategoricalActor(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.net = MLP(obs_dim, hidden_size, num_actions, 0.01)
+        self.net = mlp(obs_dim, hidden_size, num_actions, 0.01)
 
     def noise(self, *shape: int) -> Tensor:
         """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
@@ -171,7 +166,7 @@ class GaussianActor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
-        self.net = MLP(obs_dim, hidden_size, action_dim, 0.01)
+        self.net = mlp(obs_dim, hidden_size, action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
 
     def noise(self, *shape: int) -> Tensor:
@@ -196,14 +191,14 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = MLP(obs_dim, hidden_size, 1, 1.0)
+        self.net = mlp(obs_dim, hidden_size, 1, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far, in float64; at first x."""
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far; before any of them, x."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -212,7 +207,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("shift", torch.zeros(shape))
-        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))
+        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))  # inf is no good number
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
@@ -244,10 +239,10 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, hidden_size)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """act(obs, noise), a copy of the policy of now in NumPy: actions for raw observations (N, obs_dim).
+        """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
 
-        For the few rows of an environment step this takes a fifth of PyTorch's time (13 against 75 µs between two steps
-        of HalfCheetah), and nothing has to go to a GPU and back.
+        For the few rows of an environment step this is several times faster than PyTorch, and nothing has to go to a
+        GPU and back. Actions are in the policy's units; `action_map` turns them into the environment's.
         """
         tensors = (self.obs_norm.scale, self.obs_norm.shift, self.obs_norm.limit, *self.actor.net.parameters())
         scale, shift, limit, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().copy() for x in tensors)
@@ -284,8 +279,8 @@ def gae(
     A time limit cuts the sum, but its last δ bootstraps: only termination makes the future worth nothing.
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
-    td_errors = rewards + gamma * ~terminated * next_values - values
-    return discounted_sum(td_errors, gamma * gae_lambda * ~dones)
+    td_errors = rewards + gamma * next_values * ~terminated - values
+    return discounted_sum(td_errors, gamma * gae_lambda * (~dones).to(td_errors.dtype))
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -317,7 +312,7 @@ def ppo_loss(
     agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, returns: Tensor, *,
     clip_coef: float, vf_coef: float, ent_coef: float, normalize_advantages: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """L_clip + vf_coef L_V − ent_coef H, to be minimised (PPO eq. 9 with its sign turned), and what to log of it."""
+    """−L_clip + vf_coef L_V − ent_coef H (PPO eq. 9, negated: it is minimised), and what to log; obs are normalised."""
     new_logprobs, entropy = agent.actor(obs, actions)
     advantages = normalize(advantages) if normalize_advantages else advantages
     policy_loss, approx_kl, clipfrac = clipped_surrogate(new_logprobs - old_logprobs, advantages, clip_coef)
@@ -358,10 +353,7 @@ class Collector:
         self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
 
     def collect(self, agent: Agent, num_steps: int, step: int = 0) -> tuple[Rollout, list[tuple[int, float, int]]]:
-        """Runs the policy for T steps; also gives (steps taken, return, length) for each episode that ended.
-
-        `step` is the number of environment steps before, for the message if something is not finite.
-        """
+        """Runs the policy for T steps, after `step` others; adds (steps, return, length) of each episode that ended."""
         act, shape, actions, ended = agent.policy(), (num_steps, len(self.envs)), [], []
         obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
         rewards, discounted_returns = np.empty((2, *shape), np.float32)
@@ -369,7 +361,7 @@ class Collector:
         for t, noise in enumerate(agent.actor.noise(*shape).numpy()):
             obs[t] = self.obs
             actions.append(act(self.obs, noise))
-            if not math.isfinite(actions[t].sum()):  # no environment shall see this
+            if not math.isfinite(actions[t].sum()):  # MuJoCo would not survive it
                 check_finite(step + t * len(self.envs), {"obs": self.obs, "actions": actions[t]})
             env_actions = self.to_env(actions[t])
             for i, env in enumerate(self.envs):
@@ -386,6 +378,73 @@ class Collector:
         return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
 
 
+def train(args: Args) -> dict[str, float]:
+    """Runs PPO; gives the last value of each metric, the final evaluation among them."""
+    device = set_up(args.device, args.num_threads, args.seed)
+    envs = make_envs(args.env_id, args.num_envs)
+    agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
+    return_norm = RunningNorm().to(device)
+    params = list(agent.parameters())
+    optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
+    collector = Collector(envs, args.gamma)
+
+    loss = partial(
+        ppo_loss, agent, clip_coef=args.clip_coef, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
+        normalize_advantages=args.normalize_advantages,
+    )  # fmt: skip
+    update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
+    with Run(args, agent=agent, optimizer=optimizer, return_norm=return_norm) as run:
+        while run.step < args.total_timesteps:
+            # 1. anneal the learning rate
+            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # 2. run the policy
+            if run.fresh_start:
+                collector.reset(args.seed, run.iteration)
+            rollout, ended = collector.collect(agent, args.num_steps, run.step)
+            check_finite(run.step, rollout._asdict())
+            ends = rollout.dones.clone()  # where V(s'_t) is not V(s_{t+1})
+            ends[-1] = True
+            last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))
+            raw_obs, _, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
+            obs, ends = agent.obs_norm(raw_obs), ends.to(device)
+            with torch.no_grad():
+                old_logprobs, _ = agent.actor(obs, actions)
+
+            # 3. scale the rewards
+            if args.normalize_rewards:
+                return_norm.update(discounted_returns)
+            rewards = rewards * return_norm.scale
+
+            metrics = []
+            for epoch in range(args.update_epochs):
+                # 4. advantages and returns, with the newest critic
+                with torch.no_grad():
+                    values = agent.critic(obs)
+                    next_values = values.roll(-1, 0).masked_scatter(ends, agent.critic(last_obs))
+                advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
+                returns = advantages + values
+                if epoch == 0:
+                    explained = explained_variance(values, returns)  # by a critic that has not seen this batch
+
+                # 5. one step for each minibatch of the shuffled batch
+                shuffle = torch.randperm(args.batch_size).to(device)
+                batch = (obs, actions, old_logprobs, advantages, returns)
+                minibatches = zip(*(x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in batch), strict=True)
+                steps = [update(*minibatch) for minibatch in minibatches]
+                metrics += steps
+                if args.target_kl and mean_metrics(steps)["losses/approx_kl"] > args.target_kl:
+                    break
+
+            # 6. update the statistics, log, evaluate, save
+            if args.normalize_obs:
+                agent.obs_norm.update(raw_obs)
+            more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
+            run.end_iteration(args.batch_size, ended, mean_metrics(metrics) | more)
+        return run.finish()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,30 +453,30 @@ FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    """Leaves with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
+    """Exits with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
     print(f"{SCRIPT}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def check_flags(args: Any) -> None:
-    """Raises ValueError, in one sentence, for the first number that its flag cannot mean."""
+    """Raises ValueError, in one sentence, for the first number that is out of its flag's range."""
     for name, value in vars(args).items():
         if isinstance(value, bool | str):
             continue
         zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
-        low = -math.inf if name == "log_std_init" else 0 if zero else 1
-        high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"between {low} and 1" if high == 1 else f"a number of at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+        low = -100 if name == "log_std_init" else 0 if zero else 1
+        high = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if name == "num_threads" else 2**63 - 1
+        if not low <= value <= high:
+            limit = f"at most {high}" if value > high else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
 
 
 def set_up(device: str, num_threads: int, seed: int) -> torch.device:
-    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; gives the device."""
+    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; returns the device."""
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
+    if not re.fullmatch(r"cpu|cuda|cuda:(0|[1-9]\d*)", chosen):
         fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
-    if chosen != "cpu" and (torch.device(chosen).index or 0) >= torch.cuda.device_count():
+    if chosen != "cpu" and int(chosen[5:] or 0) >= torch.cuda.device_count():
         fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     torch.set_num_threads(num_threads)
     torch.manual_seed(seed)
@@ -425,7 +484,7 @@ def set_up(device: str, num_threads: int, seed: int) -> torch.device:
 
 
 def env_seed(seed: int, *stream: int) -> int:
-    """The seed of a stream: (0, iteration, index) for training, (1,) for evaluation. Streams do not overlap."""
+    """The seed of a stream: (0, iteration, index) for training, (1, episode) for evaluation; 32 well-mixed bits."""
     return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
 
 
@@ -453,12 +512,11 @@ def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
 def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
     """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
 
-    The start states are the same at every call. Nothing that training reads is written, and no noise is drawn.
+    The episodes are the same ones at every call. Nothing that training reads is written, and no noise is drawn.
     """
     act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
     for episode in range(episodes):
-        obs, _ = env.reset(seed=env_seed(seed, 1) if episode == 0 else None)
-        done = False
+        (obs, _), done = env.reset(seed=env_seed(seed, 1, episode)), False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
             total, length, done = total + float(reward), length + 1, terminated or truncated
@@ -475,7 +533,7 @@ def flatten(params: list[nn.Parameter]) -> nn.Parameter:
 def make_update(
     loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
 ) -> Callable:
-    """Gives update(*batch): one step of the optimiser, which holds the flattened params, along the clipped gradient.
+    """Returns update(*batch): one step of the optimizer, which holds flatten(params), along the clipped gradient.
 
     `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
     """
@@ -488,20 +546,20 @@ def make_update(
         metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
         return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
 
-    best = gradient
+    best, graphs = gradient, compile and flat.is_cuda
     if compile:
         torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient)
+        best = torch.compile(gradient, mode="reduce-overhead" if graphs else None)  # which is CUDA graphs
 
     def update(*batch: Tensor) -> dict[str, Tensor]:
         nonlocal best
         try:
             flat.grad, metrics = best(*batch)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
             flat.grad, metrics = (best := gradient)(*batch)
         optimizer.step()
-        return metrics
+        return {name: metric.clone() for name, metric in metrics.items()} if graphs else metrics  # else overwritten
 
     return update
 
@@ -530,21 +588,21 @@ class Run:
     """
 
     def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts = args, parts
+        self.args, self.parts, self.eval_env = args, parts, make_envs(args.env_id, 1)[0]
         self.step = self.iteration = self.signal = 0
-        self.fresh_start, self.metrics, self.last_return, self.shown = True, {}, math.nan, -math.inf
-        self.eval_env = make_envs(args.env_id, 1)[0]
+        self.fresh_start, self.metrics, self.last_return = True, {}, math.nan
         name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
         self.path = self.dir / "checkpoint.pt"
         if args.resume and not args.run_dir:
-            fail("--resume needs --run-dir, the run to go on with")
+            fail("--resume needs --run-dir, the run to continue")
         try:
-            used = self.dir.exists() and any(self.dir.iterdir())
+            self.dir.mkdir(parents=True, exist_ok=True)
+            used = any(self.dir.iterdir())
         except OSError as error:
             fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
         if used and not args.resume:
-            fail(f"{self.dir} is not empty: add --resume to go on with the run in it, or name another --run-dir")
+            fail(f"{self.dir} is not empty: add --resume to continue the run in it, or name another --run-dir")
         if self.path.exists():
             self.load()
 
@@ -556,10 +614,10 @@ class Run:
                     raise BadZipFile  # PyTorch does not look at the checksums
             saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
             now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            changed = [k for k in now | then if k not in FREE_FLAGS and now.get(k, "none") != then.get(k, "none")]
+            changed = [name for name in now if name not in FREE_FLAGS and now[name] != then.get(name)]
             if changed:
-                differences = ", ".join(f"{k} (was {then.get(k, 'none')}, is {now.get(k, 'none')})" for k in changed)
-                fail(f"{self.path} goes on only with the flags that it was made with; these differ: {differences}")
+                differences = ", ".join(f"{name} (was {then.get(name)}, is {now[name]})" for name in changed)
+                fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.step, self.iteration = saved["step"], saved["iteration"]
@@ -582,15 +640,12 @@ class Run:
         os.replace(temporary, self.path)
 
     def __enter__(self) -> "Run":
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be made ({error.strerror})")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
         flags = asdict(self.args).items()
         self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.timed_steps, self.seconds, self.speed = time.perf_counter(), 0, 0.0, 0.0
+        self.clock, self.first_step, self.compiling = time.perf_counter(), self.step, self.args.compile
+        self.shown = -math.inf
         print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
         return self
 
@@ -600,7 +655,7 @@ class Run:
             signal.signal(signum, handler)
 
     def on_signal(self, signum: int, _: Any) -> None:
-        """Notes the first signal, which is heeded at the end of the iteration; a second one kills the process."""
+        """Notes the first signal, which is acted on at the end of the iteration; a second one kills the process."""
         self.signal = signum
         for each in self.handlers:
             signal.signal(each, signal.SIG_DFL)
@@ -612,36 +667,30 @@ class Run:
             self.writer.add_scalar(tag, value, step)
 
     def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps and logs; evaluates and saves when it is time; leaves if a signal came."""
+        """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
         check_finite(self.step, metrics)
-        for offset, self.last_return, length in ended:
-            point = {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
+        for offset, episodic_return, length in ended:
+            self.last_return = episodic_return
+            point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             self.log(self.step + offset, point)
         before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        self.count_speed(steps)
+        now, stop = time.perf_counter(), self.signal  # read once: no exit without a checkpoint
+        self.speed = (self.step - self.first_step) / (now - self.clock)
         self.log(self.step, metrics | {"charts/SPS": self.speed})
+        if self.compiling:  # the first iteration does not count, unless it is the only one
+            print(f"the first iteration compiled: {now - self.clock:.1f} s", flush=True)
+            self.clock, self.first_step, self.compiling = now, self.step, False
         self.show_progress()
-        finished = self.step >= self.args.total_timesteps
-        every = self.args.eval_every
+        finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
         if finished or (every and self.step // every > before // every):
             self.log(self.step, self.evaluate())
         every = self.args.checkpoint_every
         self.fresh_start = bool(every) and self.step // every > before // every
-        if self.fresh_start or finished or self.signal:
+        if self.fresh_start or finished or stop:
             self.save()
-        if self.signal:
-            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to go on", 128 + self.signal)
-        self.clock = time.perf_counter()
-
-    def count_speed(self, steps: int) -> None:
-        """Mean speed of rollouts and updates, leaving out evaluations, checkpoints and an iteration that compiled."""
-        seconds = time.perf_counter() - self.clock
-        if self.args.compile and self.speed == 0:
-            print(f"the first iteration compiled: {seconds:.1f} s", flush=True)
-            self.speed = steps / seconds
-        else:
-            self.timed_steps, self.seconds = self.timed_steps + steps, self.seconds + seconds
-            self.speed = self.timed_steps / self.seconds
+        if stop:
+            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to continue", 128 + stop)
+        self.clock += time.perf_counter() - now  # nor do evaluations and checkpoints
 
     def show_progress(self) -> None:
         """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
@@ -662,84 +711,19 @@ class Run:
         return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
 
     def finish(self) -> dict[str, float]:
-        """Prints how good the policy has become; gives the last value of each metric."""
+        """Prints how good the policy has become; returns the last value of each metric."""
+        self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
         if self.args.eval_episodes:
-            self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
             value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
-            print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
-            verdict = "solved" if threshold is not None and value >= threshold else "not solved"
-            print("" if threshold is None else f", {verdict} (needs {threshold:g})")
+            line = f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes"
+            if threshold is not None:
+                line += f", {'solved' if value >= threshold else 'not solved'} (needs {threshold:g})"
+            print(line)
         print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
         return self.metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> dict[str, float]:
-    """Runs PPO; gives the last value of each metric, the final evaluation among them."""
-    device = set_up(args.device, args.num_threads, args.seed)
-    envs = make_envs(args.env_id, args.num_envs)
-    agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    return_norm = RunningNorm().to(device)
-    params = list(agent.parameters())
-    optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
-    collector = Collector(envs, args.gamma)
-
-    coefs = {"clip_coef": args.clip_coef, "vf_coef": args.vf_coef, "ent_coef": args.ent_coef}
-    loss = partial(ppo_loss, agent, normalize_advantages=args.normalize_advantages, **coefs)
-    update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
-    with Run(args, agent=agent, optimizer=optimizer, return_norm=return_norm) as run:
-        while run.step < args.total_timesteps:
-            # 1. anneal the learning rate
-            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
-            optimizer.param_groups[0]["lr"] = learning_rate
-
-            # 2. run the policy
-            if run.fresh_start:
-                collector.reset(args.seed, run.iteration)
-            rollout, ended = collector.collect(agent, args.num_steps, run.step)
-            check_finite(run.step, rollout._asdict())
-            ends = rollout.dones.clone()
-            ends[-1] = True
-            ends = ends.flatten().nonzero().squeeze(1)  # elsewhere V(s'_t) is V(s_{t+1}), no need to compute it twice
-            rollout, ends = Rollout(*(x.to(device) for x in rollout)), ends.to(device)
-            obs, last_obs = agent.obs_norm(rollout.obs), agent.obs_norm(rollout.next_obs.flatten(0, 1)[ends])
-            with torch.no_grad():
-                old_logprobs, _ = agent.actor(obs, rollout.actions)
-
-            # 3. scale the rewards
-            if args.normalize_rewards:
-                return_norm.update(rollout.discounted_returns)
-            rewards = rollout.rewards * return_norm.scale
-
-            metrics = []
-            for epoch in range(args.update_epochs):
-                # 4. advantages and returns, with the newest critic
-                with torch.no_grad():
-                    values, last_values = agent.critic(obs), agent.critic(last_obs)
-                next_values = values.roll(-1, 0).flatten().index_copy(0, ends, last_values).view_as(values)
-                flags = rollout.terminated, rollout.dones
-                advantages = gae(rewards, values, next_values, *flags, args.gamma, args.gae_lambda)
-                returns = advantages + values
-                if epoch == 0:
-                    explained = explained_variance(values, returns)  # by a critic that has not seen this batch
-
-                # 5. one step for each minibatch of the shuffled batch
-                shuffle = torch.randperm(args.batch_size).to(device)
-                batch = (obs, rollout.actions, old_logprobs, advantages, returns)
-                minibatches = zip(*(x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in batch), strict=True)
-                steps = [update(*minibatch) for minibatch in minibatches]
-                metrics += steps
-                if args.target_kl and mean_metrics(steps)["losses/approx_kl"] > args.target_kl:
-                    break
-
-            # 6. update the statistics, log, evaluate, save
-            if args.normalize_obs:
-                agent.obs_norm.update(rollout.obs)
-            more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
-            run.end_iteration(args.batch_size, ended, mean_metrics(metrics) | more)
-        return run.finish()
 
 
 if __name__ == "__main__":

@@ -29,15 +29,15 @@ not depend on θ, so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since �
         6. update the observation statistics, then log, evaluate and save
 
 Discount. `start` weights the reward at t' with γ^t', as J does: exactly ∇J. `now`, which everybody uses, weights it
-with γ^(t'−t) for the action at t. It drops γ^t, so late actions count as much as early ones, but it is the gradient of
-no function (Nota and Thomas 2019). With γ = 1 both are the same.
+with γ^(t'−t) for the action at t (earlier rewards, if kept, count in full). It drops γ^t, so late actions count as much
+as early ones, but it is the gradient of no function (Nota and Thomas 2019). With γ = 1 both are the same.
 
 Baseline. `average`, `time` (one for each t) and `optimal` (of all constants the one with the least variance: for g =
 ∇ log p_θ(τ) and the return R it is E[‖g‖²R] / E[‖g‖²]) are taken over the other N − 1 episodes. An episode in its own
 baseline would bias the gradient by a factor 1 − 1/N. `value` is V(s_t), fitted to earlier batches; it does not see how
 much time is left, so where all episodes run into the limit `time` is the better one.
 
-Importance. `trajectory`, Π_t π_θ/β over the episode, is exact, but its variance grows exponentially with the length.
+Importance. `trajectory`, Π_t π_θ/β over the episode, is unbiased for a fixed θ, but its variance grows exponentially.
 `causal`, Π_{t'≤t} π_θ/β, has the states of π_θ but leaves Ψ that of β. `first_order`, π_θ/β at t alone, also leaves the
 states those of β; at θ = β all three agree.
 
@@ -74,7 +74,7 @@ import torch
 import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch.nn.functional import linear, mse_loss
+from torch.nn.functional import mse_loss
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -97,13 +97,13 @@ class Args:
     eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
 
     # Algorithm
-    weight: Literal["trajectory", "reward_to_go"] = "reward_to_go"  # which rewards weight an action: all, or the later
+    weight: Literal["trajectory", "reward_to_go"] = "reward_to_go"  # rewards that weight an action: all, or later ones
     discount_from: Literal["now", "start"] = "now"  # discount γ^(t'-t) from the action, or γ^t' from the start: exact
     baseline: Literal["none", "average", "optimal", "time", "value"] = "value"  # subtracted from the weights
     update_epochs: int = 1  # passes over each batch
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # weights from the second pass on
     learning_rate: float = 2e-3  # Adam's step size
-    anneal_lr: bool = True  # lower the learning rate linearly: all of it at the first step, 0 after the last
+    anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of the regression of V on each batch
@@ -129,26 +129,20 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     obs_space, action_space = envs[0].observation_space, envs[0].action_space
     if not isinstance(obs_space, spaces.Box | spaces.Discrete):
         fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
-    if not isinstance(action_space, spaces.Discrete) and getattr(action_space.dtype, "kind", "") != "f":
+    is_box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
+    if not is_box and not isinstance(action_space, spaces.Discrete):
         fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
     flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-class MLP(nn.Module):
+def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
     """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
-
-    def __init__(self, fan_in: int, hidden_size: int, fan_out: int, gain: float) -> None:
-        super().__init__()
-        sizes = [fan_in, hidden_size, hidden_size, fan_out]
-        for i, layer_gain in enumerate((math.sqrt(2), math.sqrt(2), gain)):
-            weight = nn.init.orthogonal_(torch.empty(sizes[i + 1], sizes[i]), layer_gain)
-            self.register_parameter(f"weight{i + 1}", nn.Parameter(weight))
-            self.register_parameter(f"bias{i + 1}", nn.Parameter(torch.zeros(sizes[i + 1])))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w1, b1, w2, b2, w3, b3 = self._parameters.values()
-        return linear(linear(linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
+    layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
+    for layer, layer_gain in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class CategoricalActor(nn.Module):
@@ -157,7 +151,7 @@ class CategoricalActor(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.net = MLP(obs_dim, hidden_size, num_actions, 0.01)
+        self.net = mlp(obs_dim, hidden_size, num_actions, 0.01)
 
     def noise(self, *shape: int) -> Tensor:
         """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
@@ -180,7 +174,7 @@ class GaussianActor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
-        self.net = MLP(obs_dim, hidden_size, action_dim, 0.01)
+        self.net = mlp(obs_dim, hidden_size, action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
 
     def noise(self, *shape: int) -> Tensor:
@@ -205,14 +199,14 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = MLP(obs_dim, hidden_size, 1, 1.0)
+        self.net = mlp(obs_dim, hidden_size, 1, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far, in float64; at first x."""
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far; before any of them, x."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -221,7 +215,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("shift", torch.zeros(shape))
-        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))
+        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))  # inf is no good number
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
@@ -253,10 +247,10 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, hidden_size)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """act(obs, noise), a copy of the policy of now in NumPy: actions for raw observations (N, obs_dim).
+        """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
 
-        For the few rows of an environment step this takes a fifth of PyTorch's time (13 against 75 µs between two steps
-        of HalfCheetah), and nothing has to go to a GPU and back.
+        For the few rows of an environment step this is several times faster than PyTorch, and nothing has to go to a
+        GPU and back. Actions are in the policy's units; `action_map` turns them into the environment's.
         """
         tensors = (self.obs_norm.scale, self.obs_norm.shift, self.obs_norm.limit, *self.actor.net.parameters())
         scale, shift, limit, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().copy() for x in tensors)
@@ -378,10 +372,7 @@ class Episodes(NamedTuple):
 
 
 def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None], step: int = 0) -> Episodes:
-    """Runs one whole episode in each environment; those that end early wait for the others.
-
-    `step` is the number of environment steps before, for the message if something is not finite.
-    """
+    """Runs one whole episode in each environment, after `step` other steps; those that end early wait."""
     act, to_env, rows = agent.policy(), action_map(envs[0].action_space), []
     obs = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)], np.float32)
     running = np.ones(len(envs), bool)
@@ -389,7 +380,7 @@ def run_episodes(envs: list[gym.Env], agent: Agent, seeds: list[int | None], ste
         if len(rows) % 128 == 0:
             noise = agent.actor.noise(128, len(envs)).numpy()  # for 128 steps at once
         actions = act(obs, noise[len(rows) % 128])
-        if not math.isfinite(actions.sum()):  # no environment shall see this
+        if not math.isfinite(actions.sum()):  # MuJoCo would not survive it
             check_finite(step + sum(row[3].sum() for row in rows), {"obs": obs, "actions": actions})
         env_actions, mask = to_env(actions), running.copy()
         next_obs, rewards = obs.copy(), np.zeros(len(envs), np.float32)
@@ -429,298 +420,8 @@ def clone(agent: Agent, obs: Tensor, actions: Tensor, steps: int, learning_rate:
         rows = torch.randint(len(obs), (256,)).to(obs.device)
         logprobs, _ = agent.actor(obs[rows], actions[rows])
         optimizer.zero_grad()
-        pseudo_loss(logprobs, torch.ones_like(logprobs)).backward()
+        pseudo_loss(logprobs[None], torch.ones_like(logprobs)[None]).backward()
         optimizer.step()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
-FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Leaves with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def check_flags(args: Any) -> None:
-    """Raises ValueError, in one sentence, for the first number that its flag cannot mean."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool | str):
-            continue
-        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
-        low = -math.inf if name == "log_std_init" else 0 if zero else 1
-        high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"between {low} and 1" if high == 1 else f"a number of at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
-
-
-def set_up(device: str, num_threads: int, seed: int) -> torch.device:
-    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; gives the device."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
-        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
-    if chosen != "cpu" and (torch.device(chosen).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    return torch.device(chosen)
-
-
-def env_seed(seed: int, *stream: int) -> int:
-    """The seed of a stream: (0, iteration, index) for training, (1,) for evaluation. Streams do not overlap."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
-
-
-def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) such that the environment's action is scale x the policy's + shift.
-
-    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
-    """
-    if isinstance(space, spaces.Discrete):
-        return np.int64(1), space.start
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
-    return (high - low) / 2, (high + low) / 2
-
-
-def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
-    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
-    scale, shift = action_units(space)
-    if isinstance(space, spaces.Discrete):
-        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
-    low, high, shape = space.low, space.high, (-1, *space.shape)
-    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
-
-
-def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
-    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
-
-    The start states are the same at every call. Nothing that training reads is written, and no noise is drawn.
-    """
-    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=env_seed(seed, 1) if episode == 0 else None)
-        done = False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-    return total / episodes, length / episodes
-
-
-def flatten(params: list[nn.Parameter]) -> nn.Parameter:
-    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
-    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-    nn.utils.vector_to_parameters(flat.data, params)
-    return flat
-
-
-def make_update(
-    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
-) -> Callable:
-    """Gives update(*batch): one step of the optimiser, which holds the flattened params, along the clipped gradient.
-
-    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
-    """
-    (flat,) = optimizer.param_groups[0]["params"]
-
-    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = loss(*batch)
-        grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)])
-        grad_norm = grad.norm()
-        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
-
-    best = gradient
-    if compile:
-        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient)
-
-    def update(*batch: Tensor) -> dict[str, Tensor]:
-        nonlocal best
-        try:
-            flat.grad, metrics = best(*batch)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
-            flat.grad, metrics = (best := gradient)(*batch)
-        optimizer.step()
-        return metrics
-
-    return update
-
-
-def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates, copied from the device in one go."""
-    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
-    return dict(zip(metrics[0], means.tolist(), strict=True))
-
-
-def check_finite(step: int, values: dict) -> None:
-    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
-        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
-
-
-class Run:
-    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
-
-    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
-    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
-    no environment needs saving, and the two agree bit for bit.
-    """
-
-    def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts = args, parts
-        self.step = self.iteration = self.signal = 0
-        self.fresh_start, self.metrics, self.last_return, self.shown = True, {}, math.nan, -math.inf
-        self.eval_env = make_envs(args.env_id, 1)[0]
-        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
-        self.path = self.dir / "checkpoint.pt"
-        if args.resume and not args.run_dir:
-            fail("--resume needs --run-dir, the run to go on with")
-        try:
-            used = self.dir.exists() and any(self.dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
-        if used and not args.resume:
-            fail(f"{self.dir} is not empty: add --resume to go on with the run in it, or name another --run-dir")
-        if self.path.exists():
-            self.load()
-
-    def load(self) -> None:
-        """Takes everything from the checkpoint, or refuses it."""
-        try:
-            with ZipFile(self.path) as file:
-                if file.testzip():
-                    raise BadZipFile  # PyTorch does not look at the checksums
-            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
-            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            changed = [k for k in now | then if k not in FREE_FLAGS and now.get(k, "none") != then.get(k, "none")]
-            if changed:
-                differences = ", ".join(f"{k} (was {then.get(k, 'none')}, is {now.get(k, 'none')})" for k in changed)
-                fail(f"{self.path} goes on only with the flags that it was made with; these differ: {differences}")
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.iteration = saved["step"], saved["iteration"]
-            torch.set_rng_state(saved["rng"])
-        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
-            fail(f"{self.path} is damaged, or not a checkpoint of this project")
-
-    def save(self) -> None:
-        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        check_finite(self.step, state)
-        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
-        self.writer.flush()  # after a resume no event up to this step may be missing
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-
-    def __enter__(self) -> "Run":
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be made ({error.strerror})")
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
-        flags = asdict(self.args).items()
-        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.timed_steps, self.seconds, self.speed = time.perf_counter(), 0, 0.0, 0.0
-        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.writer.close()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def on_signal(self, signum: int, _: Any) -> None:
-        """Notes the first signal, which is heeded at the end of the iteration; a second one kills the process."""
-        self.signal = signum
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a point to each curve; the x axis is the number of environment steps."""
-        self.metrics |= metrics
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, step)
-
-    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps and logs; evaluates and saves when it is time; leaves if a signal came."""
-        check_finite(self.step, metrics)
-        for offset, self.last_return, length in ended:
-            point = {"charts/episodic_return": self.last_return, "charts/episodic_length": length}
-            self.log(self.step + offset, point)
-        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        self.count_speed(steps)
-        self.log(self.step, metrics | {"charts/SPS": self.speed})
-        self.show_progress()
-        finished = self.step >= self.args.total_timesteps
-        every = self.args.eval_every
-        if finished or (every and self.step // every > before // every):
-            self.log(self.step, self.evaluate())
-        every = self.args.checkpoint_every
-        self.fresh_start = bool(every) and self.step // every > before // every
-        if self.fresh_start or finished or self.signal:
-            self.save()
-        if self.signal:
-            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to go on", 128 + self.signal)
-        self.clock = time.perf_counter()
-
-    def count_speed(self, steps: int) -> None:
-        """Mean speed of rollouts and updates, leaving out evaluations, checkpoints and an iteration that compiled."""
-        seconds = time.perf_counter() - self.clock
-        if self.args.compile and self.speed == 0:
-            print(f"the first iteration compiled: {seconds:.1f} s", flush=True)
-            self.speed = steps / seconds
-        else:
-            self.timed_steps, self.seconds = self.timed_steps + steps, self.seconds + seconds
-            self.speed = self.timed_steps / self.seconds
-
-    def show_progress(self) -> None:
-        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
-        done = min(1.0, self.step / self.args.total_timesteps)
-        terminal = sys.stdout.isatty()
-        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
-        if now >= self.shown + pause or done == 1:
-            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
-            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
-            line += f"  return {self.last_return:.1f}"
-            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
-
-    def evaluate(self) -> dict[str, float]:
-        """The greedy policy's return and length."""
-        if not self.args.eval_episodes:
-            return {}
-        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
-
-    def finish(self) -> dict[str, float]:
-        """Prints how good the policy has become; gives the last value of each metric."""
-        if self.args.eval_episodes:
-            self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
-            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
-            print(f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes", end="")
-            verdict = "solved" if threshold is not None and value >= threshold else "not solved"
-            print("" if threshold is None else f", {verdict} (needs {threshold:g})")
-        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
-        return self.metrics
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def train(args: Args) -> dict[str, float]:
@@ -748,13 +449,15 @@ def train(args: Args) -> dict[str, float]:
             clone(agent, agent.obs_norm(obs), actions, args.cloning_steps, args.learning_rate)
             run.log(0, run.evaluate())
             print(f"cloned, without any reward: return {run.metrics.get('eval/episodic_return', math.nan):.1f}")
+            run.clock = time.perf_counter()  # the speed is that of the steps with the environments
         while run.step < args.total_timesteps:
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. one whole episode in each environment
-            fresh = [env_seed(args.seed, 0, run.iteration, i) for i in range(args.num_envs)]
-            episodes = run_episodes(envs, agent, fresh if run.fresh_start else [None] * args.num_envs, run.step)
+            streams = [(0, run.iteration, i) for i in range(args.num_envs)]
+            seeds = [env_seed(args.seed, *stream) if run.fresh_start else None for stream in streams]
+            episodes = run_episodes(envs, agent, seeds, run.step)
             check_finite(run.step, episodes._asdict())
             lengths, episodic_returns = episodes.mask.sum(0), episodes.rewards.double().sum(0)
             rows = episodes.mask.flatten().nonzero().squeeze(1).to(device)  # the steps that were taken
@@ -813,6 +516,287 @@ def train(args: Args) -> dict[str, float]:
             metrics["charts/learning_rate"] = learning_rate
             run.end_iteration(int(lengths.sum()), ended, {name: float(value) for name, value in metrics.items()})
         return run.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Exits with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check_flags(args: Any) -> None:
+    """Raises ValueError, in one sentence, for the first number that is out of its flag's range."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool | str):
+            continue
+        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
+        low = -100 if name == "log_std_init" else 0 if zero else 1
+        high = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if name == "num_threads" else 2**63 - 1
+        if not low <= value <= high:
+            limit = f"at most {high}" if value > high else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
+
+
+def set_up(device: str, num_threads: int, seed: int) -> torch.device:
+    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; returns the device."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|cuda|cuda:(0|[1-9]\d*)", chosen):
+        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
+    if chosen != "cpu" and int(chosen[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(seed)
+    return torch.device(chosen)
+
+
+def env_seed(seed: int, *stream: int) -> int:
+    """The seed of a stream: (0, iteration, index) for training, (1, episode) for evaluation; 32 well-mixed bits."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
+
+
+def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) such that the environment's action is scale x the policy's + shift.
+
+    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
+    """
+    if isinstance(space, spaces.Discrete):
+        return np.int64(1), space.start
+    finite = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
+    return (high - low) / 2, (high + low) / 2
+
+
+def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
+    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
+    scale, shift = action_units(space)
+    if isinstance(space, spaces.Discrete):
+        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
+    low, high, shape = space.low, space.high, (-1, *space.shape)
+    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
+
+
+def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
+    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
+
+    The episodes are the same ones at every call. Nothing that training reads is written, and no noise is drawn.
+    """
+    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
+    for episode in range(episodes):
+        (obs, _), done = env.reset(seed=env_seed(seed, 1, episode)), False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
+            total, length, done = total + float(reward), length + 1, terminated or truncated
+    return total / episodes, length / episodes
+
+
+def flatten(params: list[nn.Parameter]) -> nn.Parameter:
+    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
+    return flat
+
+
+def make_update(
+    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
+) -> Callable:
+    """Returns update(*batch): one step of the optimizer, which holds flatten(params), along the clipped gradient.
+
+    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+    """
+    (flat,) = optimizer.param_groups[0]["params"]
+
+    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = loss(*batch)
+        grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)])
+        grad_norm = grad.norm()
+        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
+        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
+
+    best, graphs = gradient, compile and flat.is_cuda
+    if compile:
+        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
+        best = torch.compile(gradient, mode="reduce-overhead" if graphs else None)  # which is CUDA graphs
+
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        nonlocal best
+        try:
+            flat.grad, metrics = best(*batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
+            flat.grad, metrics = (best := gradient)(*batch)
+        optimizer.step()
+        return {name: metric.clone() for name, metric in metrics.items()} if graphs else metrics  # else overwritten
+
+    return update
+
+
+def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each metric over the updates, copied from the device in one go."""
+    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
+    return dict(zip(metrics[0], means.tolist(), strict=True))
+
+
+def check_finite(step: int, values: dict) -> None:
+    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
+        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
+            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
+
+
+class Run:
+    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
+
+    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
+    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
+    no environment needs saving, and the two agree bit for bit.
+    """
+
+    def __init__(self, args: Any, **parts: Any) -> None:
+        self.args, self.parts, self.eval_env = args, parts, make_envs(args.env_id, 1)[0]
+        self.step = self.iteration = self.signal = 0
+        self.fresh_start, self.metrics, self.last_return = True, {}, math.nan
+        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        self.path = self.dir / "checkpoint.pt"
+        if args.resume and not args.run_dir:
+            fail("--resume needs --run-dir, the run to continue")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            used = any(self.dir.iterdir())
+        except OSError as error:
+            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
+        if used and not args.resume:
+            fail(f"{self.dir} is not empty: add --resume to continue the run in it, or name another --run-dir")
+        if self.path.exists():
+            self.load()
+
+    def load(self) -> None:
+        """Takes everything from the checkpoint, or refuses it."""
+        try:
+            with ZipFile(self.path) as file:
+                if file.testzip():
+                    raise BadZipFile  # PyTorch does not look at the checksums
+            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
+            changed = [name for name in now if name not in FREE_FLAGS and now[name] != then.get(name)]
+            if changed:
+                differences = ", ".join(f"{name} (was {then.get(name)}, is {now[name]})" for name in changed)
+                fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.step, self.iteration = saved["step"], saved["iteration"]
+            torch.set_rng_state(saved["rng"])
+        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
+            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+
+    def save(self) -> None:
+        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        check_finite(self.step, state)
+        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
+        self.writer.flush()  # after a resume no event up to this step may be missing
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def __enter__(self) -> "Run":
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
+        flags = asdict(self.args).items()
+        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.clock, self.first_step, self.compiling = time.perf_counter(), self.step, self.args.compile
+        self.shown = -math.inf
+        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.close()
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def on_signal(self, signum: int, _: Any) -> None:
+        """Notes the first signal, which is acted on at the end of the iteration; a second one kills the process."""
+        self.signal = signum
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a point to each curve; the x axis is the number of environment steps."""
+        self.metrics |= metrics
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
+        check_finite(self.step, metrics)
+        for offset, episodic_return, length in ended:
+            self.last_return = episodic_return
+            point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
+            self.log(self.step + offset, point)
+        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
+        now, stop = time.perf_counter(), self.signal  # read once: no exit without a checkpoint
+        self.speed = (self.step - self.first_step) / (now - self.clock)
+        self.log(self.step, metrics | {"charts/SPS": self.speed})
+        if self.compiling:  # the first iteration does not count, unless it is the only one
+            print(f"the first iteration compiled: {now - self.clock:.1f} s", flush=True)
+            self.clock, self.first_step, self.compiling = now, self.step, False
+        self.show_progress()
+        finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
+        if finished or (every and self.step // every > before // every):
+            self.log(self.step, self.evaluate())
+        every = self.args.checkpoint_every
+        self.fresh_start = bool(every) and self.step // every > before // every
+        if self.fresh_start or finished or stop:
+            self.save()
+        if stop:
+            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to continue", 128 + stop)
+        self.clock += time.perf_counter() - now  # nor do evaluations and checkpoints
+
+    def show_progress(self) -> None:
+        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
+        done = min(1.0, self.step / self.args.total_timesteps)
+        terminal = sys.stdout.isatty()
+        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
+        if now >= self.shown + pause or done == 1:
+            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
+            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
+            line += f"  return {self.last_return:.1f}"
+            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
+
+    def evaluate(self) -> dict[str, float]:
+        """The greedy policy's return and length."""
+        if not self.args.eval_episodes:
+            return {}
+        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
+        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
+
+    def finish(self) -> dict[str, float]:
+        """Prints how good the policy has become; returns the last value of each metric."""
+        self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
+        if self.args.eval_episodes:
+            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
+            line = f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes"
+            if threshold is not None:
+                line += f", {'solved' if value >= threshold else 'not solved'} (needs {threshold:g})"
+            print(line)
+        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+        return self.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -132,15 +132,14 @@ def random_ends(case: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     return terminated, truncated
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_gae_equals_a_double_loop_over_separate_episodes(lam: float):
-    """With γ and λ whose powers float32 holds exactly, for that is what gae() discounts with."""
     rng, both = np.random.default_rng(0), 0
     for case in range(200):
         terminated, truncated = random_ends(case, rng)
         both += (terminated & truncated).sum()
         numbers = [10 * rng.normal(size=terminated.shape) for _ in range(3)]
-        gamma = rng.choice([0.0, 0.5, 1.0])
+        gamma = rng.choice([0.0, 0.9, 1.0])
         arrays = (*numbers, terminated, terminated | truncated)
         close(ppo.gae(*map(torch.from_numpy, arrays), gamma, lam), double_loop(*arrays, gamma, lam))
     assert both > 100
@@ -165,10 +164,10 @@ def gae_of(rewards, values, last, terminated, truncated, gamma=0.9, lam=0.8) -> 
 )
 def test_gae_by_hand(terminated: list, truncated: list, deltas: list):
     expected = [deltas[0] + 0.72 * deltas[1] + 0.5184 * deltas[2], deltas[1] + 0.72 * deltas[2], deltas[2]]
-    close(gae_of([1, 1, 1], [5, 5, 5], 7, terminated, truncated), expected, 1e-6)
+    close(gae_of([1, 1, 1], [5, 5, 5], 7, terminated, truncated), expected)
     twice = gae_of([1, 1, 1, 1], [5, 5, 5, 7], 50.0, [*terminated, 0], [*truncated, 0])  # a fourth step, δ = 39
     leaks = 0 if terminated[2] or truncated[2] else 39.0
-    close(twice, [a + 0.72**k * leaks for a, k in zip([*expected, 39.0 - leaks], (3, 2, 1, 0), strict=True)], 1e-5)
+    close(twice, [a + 0.72**k * leaks for a, k in zip([*expected, 39.0 - leaks], (3, 2, 1, 0), strict=True)])
 
 
 def test_gae_is_one_step_or_monte_carlo_at_the_ends_of_lambda():
@@ -332,7 +331,7 @@ def test_each_loss_trains_its_own_network(space: gym.Space):
         loss, _ = ppo.ppo_loss(agent, *batch, **FLAGS | flags)
         for name, grad in gradients(loss, agent).items():
             assert (grad.abs().sum() > 0) == name.startswith(trained), name
-    close(gradients(loss, agent)["critic.net.bias3"][0], (agent.critic(batch[0]) - batch[4]).mean())  # ½ · 2 (V − G)
+    close(gradients(loss, agent)["critic.net.4.bias"][0], (agent.critic(batch[0]) - batch[4]).mean())  # ½ · 2 (V − G)
     addresses = [{p.untyped_storage().data_ptr() for p in net.parameters()} for net in (agent.actor, agent.critic)]
     assert not addresses[0] & addresses[1]
 
@@ -726,10 +725,8 @@ def test_no_two_environments_share_a_seed():
             ppo.Collector(envs, 0.9).reset(seed, iteration)
         ppo.evaluate(agent, evaluated, seed, 3)
     training = [seed for env in envs for seed in env.seeds]
-    evaluation = [seed for seed in evaluated.seeds if seed is not None]
-    assert len(evaluated.seeds) == 3 * len(evaluation)  # only the first episode is seeded
-    assert len({*training, *evaluation}) == 10 * 8 * 4 + 10
-    assert None not in training
+    assert len({*training, *evaluated.seeds}) == 10 * 8 * 4 + 10 * 3
+    assert None not in {*training, *evaluated.seeds}
 
 
 def test_first_observations_differ_and_belong_to_the_seeds():
