@@ -73,8 +73,9 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, pad
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -252,12 +253,13 @@ class Agent(nn.Module):
         For the few rows of an environment step this is several times faster than PyTorch, and nothing has to go to a
         GPU and back. Actions are in the policy's units; `action_map` turns them into the environment's.
         """
-        tensors = (self.obs_norm.scale, self.obs_norm.shift, self.obs_norm.limit, *self.actor.net.parameters())
-        scale, shift, limit, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().copy() for x in tensors)
+        norm, net = self.obs_norm, self.actor.net
+        tensors = (norm.scale, norm.shift, -norm.limit, norm.limit, *net.parameters())
+        scale, shift, low, high, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().T.copy() for x in tensors)
 
         def act(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-            x = np.minimum(np.maximum(obs * scale + shift, -limit), limit)
-            return self.actor.choose(np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3, noise)
+            x = np.minimum(np.maximum(obs * scale + shift, low), high)
+            return self.actor.choose(np.tanh(np.tanh(x @ w1 + b1) @ w2 + b2) @ w3 + b3, noise)
 
         return act
 
@@ -271,9 +273,8 @@ def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
     assert x.shape == discounts.shape
     y, c, reach = x, discounts, 1
     while reach < len(x):
-        y = torch.cat([y[:-reach] + c[:-reach] * y[reach:], y[-reach:]])
-        c = torch.cat([c[:-reach] * c[reach:], c[-reach:]])
-        reach *= 2
+        later_y, later_c = (pad(z[reach:], (0, 0) * (x.dim() - 1) + (0, reach)) for z in (y, c))
+        y, c, reach = y + c * later_y, c * later_c, 2 * reach
     return y
 
 
@@ -622,7 +623,7 @@ def make_update(
     best, graphs = gradient, compile and flat.is_cuda
     if compile:
         torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient, mode="reduce-overhead" if graphs else None)  # which is CUDA graphs
+        best = torch.compile(gradient, options={"size_asserts": False, "triton.cudagraphs": graphs})
 
     def update(*batch: Tensor) -> dict[str, Tensor]:
         nonlocal best
@@ -734,10 +735,10 @@ class Run:
             signal.signal(each, signal.SIG_DFL)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a point to each curve; the x axis is the number of environment steps."""
+        """Adds a point to each curve, all in one event; the x axis is the number of environment steps."""
         self.metrics |= metrics
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, step)
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        self.writer.file_writer.add_summary(Summary(value=points), step)
 
     def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""

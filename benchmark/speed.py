@@ -1,64 +1,104 @@
 """Environment steps a second, end to end, ours beside its peers at identical hyperparameters, and the bare environment.
 
-    python -m benchmark.speed --setting ppo-HalfCheetah-v5 --rounds 3
-    python -m benchmark.speed --setting ppo-CartPole-v1 --growth
+    python -m benchmark.speed --script ppo --env-id HalfCheetah-v5
+    python -m benchmark.speed --script ppo --env-id CartPole-v1 --growth
+    python -m benchmark.speed --script ppo --env-id CartPole-v1 --race 475 --steps 100000
 
 Each contender is a process of its own with one thread; in a round they run one after the other, so that a machine whose
 speed drifts slows all of them. The first iteration (imports, compilation) is left out. Both clocks are reported: wall
-time, and CPU time of the process, which other processes disturb less.
+time, and CPU time of the process, which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence
+an interpreter of their own: a folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv`
+(torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
 """
 
 import dataclasses
+import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tyro
 
+from benchmark import peers, suite
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# One hyperparameter set a row: ours, and the same for stable-baselines3 (its names)
-SETTINGS = {
-    "ppo-HalfCheetah-v5": {
-        "script": "ppo",
-        "env_id": "HalfCheetah-v5",
+# The same hyperparameters under the names of ours, of stable-baselines3 and of CleanRL
+SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("ppo", "HalfCheetah-v5"): {
         "ours": {
             "num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4,
             "gamma": 0.99, "gae_lambda": 0.95, "normalize_obs": True, "normalize_rewards": True,
         },
-        "sb3": {"n_steps": 2048, "batch_size": 64, "n_epochs": 10, "learning_rate": 3e-4},
+        "sb3": {
+            "num_envs": 1, "normalize": True, "n_steps": 2048, "batch_size": 64, "n_epochs": 10, "learning_rate": 3e-4,
+            "gamma": 0.99, "gae_lambda": 0.95,
+        },
+        "cleanrl": "ppo_continuous_action.py --env-id HalfCheetah-v4",  # its defaults are the rest
     },
-    "ppo-CartPole-v1": {
-        "script": "ppo",
-        "env_id": "CartPole-v1",
+    ("ppo", "CartPole-v1"): {
         "ours": {
             "num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4,
             "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.01,
         },
-        "sb3": {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01},
+        "sb3": {
+            "num_envs": 4, "n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4,
+            "ent_coef": 0.01, "gamma": 0.99, "gae_lambda": 0.95,
+        },
+        "cleanrl": "ppo.py --env-id CartPole-v1",
     },
 }  # fmt: skip
+
+# Runs a script of CleanRL, with a stamp wherever it logs its own speed
+CLEANRL = """
+import json, os, runpy, sys, tempfile, time, torch
+sys.argv = sys.argv[1:]
+from torch.utils.tensorboard import SummaryWriter
+torch.set_num_threads(1)
+stamps, original = [], SummaryWriter.add_scalar
+def add_scalar(self, tag, value, step=None, *more, **named):
+    if tag == "charts/SPS":
+        stamps.append((step, time.perf_counter(), time.process_time()))
+    original(self, tag, value, step, *more, **named)
+SummaryWriter.add_scalar = add_scalar
+os.chdir(tempfile.mkdtemp())
+runpy.run_path(sys.argv[0], run_name="__main__")
+print()
+print(json.dumps(stamps))
+"""
 
 
 @dataclass(frozen=True)
 class Args:
     """What is timed."""
 
-    setting: str = "ppo-HalfCheetah-v5"  # a key of SETTINGS
+    script: str = "ppo"  # name without .py
+    env_id: str = "HalfCheetah-v5"  # Gymnasium environment
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run
-    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which
+    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which; also cleanrl
+    cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
     growth: bool = False  # instead: ours over 1 to 64 environments, widths 64 to 512, and memory over 10M steps
-    worker: str = ""  # internal: run this contender and print its stamps
+    race: float = 0.0  # instead: seconds, imports and all, until an evaluated return of this; ours against sb3's zoo
+    worker: str = ""  # internal: run this contender and print what it measured
     flags: str = "{}"  # internal: flags of ours that replace those of the setting, as JSON
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The hyperparameters, or none: the defaults of ours."""
+        return SETTINGS.get((self.script, self.env_id), {"ours": {}})
 
 
 def stamp(step: int) -> tuple[int, float, float]:
@@ -66,36 +106,57 @@ def stamp(step: int) -> tuple[int, float, float]:
     return step, time.perf_counter(), time.process_time()
 
 
-def run_ours(setting: dict, steps: int, compiled: bool) -> list:
-    """Stamps, and the resident memory in MiB, at the end of each iteration of our script."""
-    import importlib
+def timed(function: Callable, clock: dict[str, float], name: str) -> Callable:
+    """The function, with the seconds that it takes added to clock[name]."""
 
+    def call(*args: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **named)
+        clock[name] += time.perf_counter() - start
+        return result
+
+    return call
+
+
+def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dict[str, float]]:
+    """Stamps and memory in MiB at the end of each iteration of our script; with `split`, where the seconds went."""
     import psutil
 
-    script = importlib.import_module(setting["script"])
-    stamps, end_iteration = [], script.Run.end_iteration
+    script = importlib.import_module(args.script)
+    flags = args.setting["ours"] | json.loads(args.flags)
+    stamps, end_iteration, clock = [], script.Run.end_iteration, defaultdict(float)
 
-    def end_and_stamp(self, *args):
-        end_iteration(self, *args)
+    def end_and_stamp(self: Any, *more: Any) -> None:
+        end_iteration(self, *more)
         stamps.append((*stamp(self.step), psutil.Process().memory_info().rss / 2**20))
+        if len(stamps) == 1:
+            clock.clear()  # the first iteration is left out
 
     script.Run.end_iteration = end_and_stamp
-    batch = setting["ours"]["num_envs"] * setting["ours"]["num_steps"]
+    if split:
+        make_envs, policy = script.make_envs, script.Agent.policy
+
+        def timed_envs(*more: Any) -> list:
+            envs = make_envs(*more)
+            for env in envs:
+                env.step, env.reset = (timed(function, clock, "environment") for function in (env.step, env.reset))
+            return envs
+
+        script.make_envs = timed_envs
+        script.Agent.policy = lambda agent: timed(policy(agent), clock, "acting")
+        owner, name = (script.Collector, "collect") if hasattr(script, "Collector") else (script, "run_episodes")
+        setattr(owner, name, timed(getattr(owner, name), clock, "rollout"))
     with tempfile.TemporaryDirectory() as directory:
-        flags = {"total_timesteps": steps + batch, "compile": compiled, "checkpoint_every": 0, "eval_episodes": 0}
-        script.train(script.Args(env_id=setting["env_id"], run_dir=directory, **flags, **setting["ours"]))
-    return stamps
+        defaults = {"checkpoint_every": 0, "eval_episodes": 0, "compile": compiled, "run_dir": directory}
+        batch = script.Args(**flags).num_envs * getattr(script.Args(**flags), "num_steps", 1)
+        script.train(script.Args(env_id=args.env_id, total_timesteps=args.steps + batch, **defaults, **flags))
+    return stamps, dict(clock)
 
 
-def run_sb3(setting: dict, steps: int) -> list:
+def run_sb3(args: Args) -> list:
     """Stamps at the start of each rollout of stable-baselines3, which comes after an update."""
-    import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
 
-    torch.set_num_threads(1)
     stamps = []
 
     class Stamps(BaseCallback):
@@ -105,60 +166,101 @@ def run_sb3(setting: dict, steps: int) -> list:
         def _on_step(self) -> bool:
             return True
 
-    ours = setting["ours"]
-    envs = make_vec_env(setting["env_id"], ours["num_envs"])
-    if ours.get("normalize_obs"):
-        envs = VecNormalize(envs)
-    model = PPO("MlpPolicy", envs, gamma=ours["gamma"], gae_lambda=ours["gae_lambda"], device="cpu", **setting["sb3"])
-    model.learn(steps + 2 * ours["num_envs"] * ours["num_steps"], callback=Stamps())
+    setting = args.setting["sb3"]
+    model = peers.make(args.script, args.env_id, seed=1, **setting)
+    model.learn(args.steps + 2 * setting["num_envs"] * setting.get("n_steps", 1), callback=Stamps())
     return stamps[1:]
 
 
-def run_bare(setting: dict, steps: int, vector: bool) -> list:
+def run_bare(args: Args, vector: bool) -> list:
     """Stamps around bare environment steps with random actions: the limit of any learner."""
     import gymnasium as gym
 
-    num_envs = setting["ours"]["num_envs"]
+    num_envs = args.setting["ours"].get("num_envs", 1)
     if vector:
-        envs = gym.make_vec(setting["env_id"], num_envs, vectorization_mode="sync")
+        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync")
         envs.reset(seed=0)
         actions = [envs.action_space.sample() for _ in range(64)]
         begin = stamp(0)
-        for t in range(steps // num_envs):
+        for t in range(args.steps // num_envs):
             envs.step(actions[t % 64])
-        return [begin, stamp(steps // num_envs * num_envs)]
-    env = gym.make(setting["env_id"], disable_env_checker=True)
+        return [begin, stamp(args.steps // num_envs * num_envs)]
+    env = gym.make(args.env_id, disable_env_checker=True)
     env.reset(seed=0)
     actions = [env.action_space.sample() for _ in range(64)]
     begin = stamp(0)
-    for t in range(steps):
+    for t in range(args.steps):
         _, _, terminated, truncated, _ = env.step(actions[t % 64])
         if terminated or truncated:
             env.reset()
-    return [begin, stamp(steps)]
+    return [begin, stamp(args.steps)]
+
+
+def race_ours(args: Args, seed: int) -> list[tuple[int, float, float]]:
+    """(step, seconds of the process so far without evaluations, evaluated return) at each evaluation of our script."""
+    script, pauses, points = importlib.import_module(args.script), [0.0], []
+    evaluate, log = script.evaluate, script.Run.log
+
+    def timed_evaluate(*more: Any) -> tuple[float, float]:
+        start = time.perf_counter()
+        result = evaluate(*more)
+        pauses.append(time.perf_counter() - start)
+        return result
+
+    def log_and_note(self: Any, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if "eval/episodic_return" in metrics:
+            points.append((step, seconds_of_process() - sum(pauses), metrics["eval/episodic_return"]))
+
+    script.evaluate, script.Run.log = timed_evaluate, log_and_note
+    with tempfile.TemporaryDirectory() as directory:
+        line = f"--env-id {args.env_id} --total-timesteps {args.steps} --run-dir {directory} --seed {seed}"
+        line += (
+            f" --eval-every {args.steps // 100} --eval-episodes 10 {suite.FLAGS.get((args.script, args.env_id), '')}"
+        )
+        script.train(tyro.cli(script.Args, args=line.split()))
+    return points
+
+
+def seconds_of_process() -> float:
+    """Wall seconds since this process was started: imports count."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def work(args: Args) -> None:
-    """Runs one contender in this process; its last line of output is the stamps."""
-    setting = SETTINGS[args.setting]
-    setting["ours"] |= json.loads(args.flags)
-    run = {
-        "eager": lambda: run_ours(setting, args.steps, compiled=False),
-        "compiled": lambda: run_ours(setting, args.steps, compiled=True),
-        "sb3": lambda: run_sb3(setting, args.steps),
-        "bare": lambda: run_bare(setting, args.steps, vector=False),
-        "vector": lambda: run_bare(setting, args.steps, vector=True),
-    }[args.worker]
-    stamps = run()
-    thinned = stamps[:: max(1, len(stamps) // 200)]
-    print("\n" + json.dumps([*thinned, stamps[-1]]))
+    """Runs one contender in this process; its last line of output is what it measured."""
+    import torch
+
+    torch.set_num_threads(1)
+    seed = json.loads(args.flags).get("seed", 1)
+    result = {
+        "eager": lambda: run_ours(args, compiled=False)[0],
+        "compiled": lambda: run_ours(args, compiled=True)[0],
+        "split": lambda: run_ours(args, compiled=False, split=True),
+        "split_compiled": lambda: run_ours(args, compiled=True, split=True),
+        "sb3": lambda: run_sb3(args),
+        "bare": lambda: run_bare(args, vector=False),
+        "vector": lambda: run_bare(args, vector=True),
+        "race_ours": lambda: race_ours(args, seed),
+        "race_sb3": lambda: peers.race(args.script, args.env_id, seed, args.steps, args.steps // 100),
+    }[args.worker]()
+    print("\n" + json.dumps(result))
 
 
-def measure(args: Args, worker: str, steps: int, flags: dict | None = None) -> list:
-    """The stamps of one contender, run in a process of its own."""
-    line = [sys.executable, "-m", "benchmark.speed", "--setting", args.setting, "--steps", str(steps)]
-    line += ["--worker", worker, "--flags", json.dumps(flags or {})]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+def measure(args: Args, worker: str, **changed: Any) -> Any:
+    """What one contender measures, in a process of its own."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
+    if worker == "cleanrl":
+        python, (script, *words) = Path(args.cleanrl, ".venv/bin/python"), args.setting["cleanrl"].split()
+        path = Path(args.cleanrl, "cleanrl", "cleanrl", script).absolute()
+        line = [str(python.absolute()), "-c", CLEANRL, str(path), *words]
+        line += ["--total-timesteps", str(args.steps + 2048), "--no-cuda"]
+    else:
+        line = [sys.executable, "-m", "benchmark.speed", "--script", args.script, "--env-id", args.env_id]
+        line += ["--steps", str(args.steps), "--worker", worker, "--flags", json.dumps(changed)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -170,26 +272,69 @@ def speed_of(stamps: list) -> tuple[float, float]:
     return (step1 - step0) / (wall1 - wall0), (step1 - step0) / (cpu1 - cpu0)
 
 
+def compare(args: Args) -> dict:
+    """Interleaves the contenders, prints a table of medians with their spread, and where our seconds go."""
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.contenders}
+    for _ in range(args.rounds):
+        for name in args.contenders:
+            speeds[name].append(speed_of(measure(args, name)))
+    table: dict[str, Any] = {}
+    print(f"{args.script} {args.env_id}: environment steps a second, median of {args.rounds} (lowest to highest)")
+    for name, rows in speeds.items():
+        wall, cpu = zip(*rows, strict=True)
+        table[name] = {"wall": [round(x) for x in wall], "cpu": [round(x) for x in cpu]}
+        text = f"{name:9s} {statistics.median(wall):9,.0f} wall ({min(wall):,.0f} to {max(wall):,.0f})"
+        text += f" {statistics.median(cpu):9,.0f} cpu ({min(cpu):,.0f} to {max(cpu):,.0f})"
+        for other in {"sb3", "cleanrl", "bare"} & set(speeds) - {name}:
+            ratios = [statistics.median(a[k] / b[k] for a, b in zip(rows, speeds[other], strict=True)) for k in (0, 1)]
+            table[name][f"over_{other}"] = [round(ratio, 2) for ratio in ratios]
+            text += f"  {ratios[1]:.2f} x {other}"
+        print(text)
+    for name, worker in (("eager", "split"), ("compiled", "split_compiled")):
+        if name in speeds:
+            stamps, clock = measure(args, worker)
+            total = stamps[-1][1] - stamps[0][1]
+            shares = {"update": total - clock.pop("rollout"), **clock}
+            shares["rest of the rollout"] = total - sum(shares.values())
+            table[name]["shares"] = {part: round(seconds / total, 3) for part, seconds in shares.items()}
+            print(name, ", ".join(f"{part} {share:.0%}" for part, share in table[name]["shares"].items()))
+    return table
+
+
+def race(args: Args) -> dict:
+    """Seconds until the first evaluated return of at least the goal, `rounds` seeds each, ours and sb3 in turn."""
+    table: dict[str, dict[str, list]] = {"ours": {}, "sb3": {}}
+    for seed in range(1, args.rounds + 1):
+        for name in table:
+            points = measure(args, f"race_{name}", seed=seed)
+            reached = next(((step, seconds) for step, seconds, value in points if value >= args.race), None)
+            for key, value in zip(("steps", "seconds"), reached or (None, None), strict=True):
+                table[name].setdefault(key, []).append(value and round(value, 1))
+            table[name].setdefault("whole_run", []).append(round(points[-1][1], 1))
+            print(name, "seed", seed, f"reached {args.race:g} after (steps, seconds)", reached, flush=True)
+    return table
+
+
 def grow(args: Args) -> dict:
     """Steps a second over environments and over width (best of the rounds, CPU clock), and memory over steps."""
-    ours = SETTINGS[args.setting]["ours"]
+    ours = args.setting["ours"]
     batch = ours["num_envs"] * ours["num_steps"]
     figures: dict[str, dict] = {"num_envs": {}, "hidden_size": {}, "memory": {}}
     for mode in ("eager", "compiled"):
         for n in (1, 2, 4, 8, 16, 32, 64):  # of the same batch
             flags = {"num_envs": n, "num_steps": max(1, batch // n)}
-            runs = [speed_of(measure(args, mode, args.steps, flags))[1] for _ in range(args.rounds)]
+            runs = [speed_of(measure(args, mode, **flags))[1] for _ in range(args.rounds)]
             figures["num_envs"].setdefault(mode, {})[n] = round(max(runs))
         for width in (64, 128, 256, 512):
-            runs = [speed_of(measure(args, mode, args.steps, {"hidden_size": width}))[1] for _ in range(args.rounds)]
+            runs = [speed_of(measure(args, mode, hidden_size=width))[1] for _ in range(args.rounds)]
             figures["hidden_size"].setdefault(mode, {})[width] = round(max(runs))
     light = {"num_envs": 16, "num_steps": 512, "num_minibatches": 1, "update_epochs": 1}
-    stamps = measure(args, "eager", 10_000_000, light)
-    figures["memory"] = {step: round(rss, 1) for step, _, _, rss in stamps}
+    stamps = measure(dataclasses.replace(args, steps=10_000_000, env_id="CartPole-v1"), "eager", **light)
+    figures["memory"] = {step: round(rss, 1) for step, _, _, rss in stamps[:: len(stamps) // 200]}
     return figures
 
 
-def draw(figures: dict, setting: str, path: Path) -> None:
+def draw(figures: dict, title: str, path: Path) -> None:
     """Three panels: speed over environments, speed over width, memory over steps."""
     import matplotlib.pyplot as plt
 
@@ -204,49 +349,25 @@ def draw(figures: dict, setting: str, path: Path) -> None:
         axis.legend()
     xs, ys = zip(*((int(x) / 1e6, y) for x, y in figures["memory"].items()), strict=True)
     axes[2].plot(xs, ys, color="black")
-    axes[2].set(xlabel="environment steps (millions)", ylabel="resident memory (MiB)", ylim=(0, None))
-    plt.suptitle(setting)
+    axes[2].set(xlabel="environment steps (millions), CartPole-v1", ylabel="resident memory (MiB)", ylim=(0, None))
+    plt.suptitle(title)
     plt.savefig(path, dpi=120)
 
 
-def save(args: Args, figures: dict) -> None:
-    """Prints the figures of --growth, and writes those of either kind with the versions."""
-    if args.growth:
-        print(json.dumps({key: figures[key] for key in ("num_envs", "hidden_size")}, indent=1))
+def main(args: Args) -> None:
+    """Measures, prints and, if asked, writes the figures with the versions."""
+    if args.worker:
+        return work(args)
+    figures = grow(args) if args.growth else race(args) if args.race else compare(args)
     if args.out:
         packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
         versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-        head = {"args": dataclasses.asdict(args), "setting": SETTINGS[args.setting], "versions": versions}
+        flags = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("cleanrl", "out")}
+        head = {"args": flags, "setting": args.setting, "versions": versions}
         Path(args.out).write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n")
         if args.growth:
-            draw(figures, args.setting, Path(args.out).with_suffix(".png"))
-
-
-def main(args: Args) -> None:
-    """Interleaves the contenders, prints a table of medians with their spread, and writes it."""
-    if args.worker:
-        return work(args)
-    if args.growth:
-        return save(args, grow(args))
-    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in args.contenders}
-    for _ in range(args.rounds):
-        for name in args.contenders:
-            speeds[name].append(speed_of(measure(args, name, args.steps)))
-    table = {}
-    print(f"{args.setting}: environment steps a second, median of {args.rounds} rounds (lowest to highest)")
-    for name, rows in speeds.items():
-        wall, cpu = zip(*rows, strict=True)
-        table[name] = {"wall": [round(x) for x in wall], "cpu": [round(x) for x in cpu]}
-        ratio = ""
-        if "sb3" in speeds:
-            pairs = [[a[k] / b[k] for a, b in zip(rows, speeds["sb3"], strict=True)] for k in (0, 1)]
-            table[name]["over_sb3"] = [round(statistics.median(p), 2) for p in pairs]
-            ratio = "  x sb3: {} wall, {} cpu".format(*table[name]["over_sb3"])
-        print(
-            f"{name:9s} {statistics.median(wall):9,.0f} wall ({min(wall):,.0f} to {max(wall):,.0f})"
-            f" {statistics.median(cpu):9,.0f} cpu ({min(cpu):,.0f} to {max(cpu):,.0f}){ratio}"
-        )
-    return save(args, table)
+            draw(figures, f"{args.script}.py, {args.env_id}", Path(args.out).with_suffix(".png"))
+    return None
 
 
 if __name__ == "__main__":
