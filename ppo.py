@@ -25,19 +25,19 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Adv
         6. update the observation statistics, then log, evaluate and save
 
 What departs from the paper, and why: advantages and returns are computed anew every epoch with the newest critic, which
-Andrychowicz et al. 2021 found to help; advantages are normalised per minibatch; observations and rewards can be scaled
-by running statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true successor, since it is
-not the end of the task; all episodes restart after a checkpoint, so that a resumed run is exact. Actor and critic are
-two networks, so vf_coef only weighs them in the common clipping. The value is not clipped, which gains nothing.
+Andrychowicz et al. 2021 found to help; advantages are normalised per minibatch (once all episodes are perfect they are
+nothing but noise, which this makes large: the entropy bonus then keeps the policy from wandering off); observations and
+rewards can be scaled by running statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true
+successor, since it is not the end of the task; all episodes restart after a checkpoint, so that a resumed run is exact.
+Actor and critic are two networks, so vf_coef only weighs them in the common clipping. V is not clipped.
 
 Compare with a2c.py: one step on the whole batch, with log π in the place of ρ.
 
     python ppo.py
     python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
-        --update-epochs 10 --learning-rate 1e-3 --gamma 0.99 --gae-lambda 0.95 --log-std-init -1 \
-        --normalize-obs --normalize-rewards
+        --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 --log-std-init -1 --normalize-obs --normalize-rewards
     python ppo.py --env-id Pendulum-v1 --num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 \
-        --gamma 0.9 --gae-lambda 0.95
+        --learning-rate 1e-3 --gamma 0.9 --ent-coef 0
 """
 
 import math
@@ -84,15 +84,15 @@ class Args:
     eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
 
     # Algorithm
-    num_steps: int = 32  # steps of each environment in a rollout, T
-    learning_rate: float = 1e-3  # Adam's step size
+    num_steps: int = 64  # steps of each environment in a rollout, T
+    learning_rate: float = 2.5e-3  # Adam's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
-    gamma: float = 0.98  # discount γ
-    gae_lambda: float = 0.8  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
-    update_epochs: int = 20  # passes over each batch
-    num_minibatches: int = 1  # minibatches in a pass; must divide num_steps x num_envs
+    gamma: float = 0.99  # discount γ
+    gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
+    update_epochs: int = 4  # passes over each batch
+    num_minibatches: int = 4  # minibatches in a pass; must divide num_steps x num_envs
     clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio out of [1 - ε, 1 + ε]
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
     target_kl: float = 0.0  # no further epoch once one has ended with a mean approximate KL above this; 0: off

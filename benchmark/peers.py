@@ -3,7 +3,10 @@
 The zoo is DLR-RM/rl-baselines3-zoo, hyperparams/*.yml; its MuJoCo entries were tuned on the -v3 and -v4 environments.
 """
 
+import contextlib
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 ZOO: dict[tuple[str, str], dict[str, Any]] = {
@@ -50,37 +53,59 @@ def make(algorithm: str, env_id: str, seed: int, num_envs: int = 1, normalize: b
     return model("MlpPolicy", envs, seed=seed, device="cpu", **settings)
 
 
-def race(algorithm: str, env_id: str, seed: int, steps: int, every: int) -> list[tuple[int, float, float]]:
-    """(step, seconds of the process so far without evaluations, return of 10 greedy episodes), every so many steps."""
+class GoalReached(Exception):
+    """Ends a run whose goal is reached."""
+
+
+class RaceClock:
+    """Seconds of training until a return is reached: evaluations do not count, imports are counted separately."""
+
+    def __init__(self, goal: float) -> None:
+        import psutil
+
+        self.goal, self.step, self.begin = goal, 0, time.perf_counter()
+        self.imports = time.time() - psutil.Process().create_time()  # since the process was started
+        self.result: dict[str, float] = {"steps": math.inf, "seconds": math.inf, "imports": round(self.imports, 2)}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - start
+
+    def check(self, value: float) -> None:
+        """Notes the steps and seconds, and ends the run, at the first return that reaches the goal."""
+        if value >= self.goal:
+            self.result |= {"steps": self.step, "seconds": round(time.perf_counter() - self.begin, 2)}
+            raise GoalReached
+
+
+def race(algorithm: str, env_id: str, seed: int, steps: int, goal: float) -> dict[str, float]:
+    """Steps and seconds until the mean return of 10 greedy episodes, a hundred times a run, reaches the goal."""
     import gymnasium as gym
-    import psutil
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+    clock, every = RaceClock(goal), steps // 100
     model = make(algorithm, env_id, seed, **ZOO[algorithm, env_id])
-    eval_env, pauses, points = DummyVecEnv([lambda: Monitor(gym.make(env_id))]), [0.0], []
+    eval_env = DummyVecEnv([lambda: Monitor(gym.make(env_id))])
     if isinstance(model.get_env(), VecNormalize):
         eval_env = VecNormalize(eval_env, training=False, norm_reward=False)
         eval_env.obs_rms = model.get_env().obs_rms
 
-    def evaluate(step: int) -> None:
-        start = time.perf_counter()
-        seconds = time.time() - psutil.Process().create_time() - sum(pauses)
-        value, _ = evaluate_policy(model, eval_env, n_eval_episodes=10, deterministic=True)
-        pauses.append(time.perf_counter() - start)
-        points.append((step, seconds, float(value)))
-
     class Evaluate(BaseCallback):
         def _on_rollout_start(self) -> None:  # after an update
-            last = points[-1][0] if points else 0
-            if self.num_timesteps // every > last // every:
-                evaluate(self.num_timesteps)
+            before, clock.step = clock.step, self.num_timesteps
+            if clock.step // every > before // every:
+                with clock.paused():
+                    value, _ = evaluate_policy(model, eval_env, n_eval_episodes=10, deterministic=True)
+                clock.check(float(value))
 
         def _on_step(self) -> bool:
             return True
 
-    model.learn(steps, callback=Evaluate())
-    evaluate(model.num_timesteps)
-    return points
+    with contextlib.suppress(GoalReached):
+        model.learn(steps, callback=Evaluate())
+    return clock.result

@@ -11,6 +11,7 @@ an interpreter of their own: a folder with a checkout of CleanRL in `cleanrl` an
 (torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -39,7 +40,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "HalfCheetah-v5"): {
         "ours": {
             "num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10, "learning_rate": 3e-4,
-            "gamma": 0.99, "gae_lambda": 0.95, "normalize_obs": True, "normalize_rewards": True,
+            "ent_coef": 0.0, "normalize_obs": True, "normalize_rewards": True,
         },
         "sb3": {
             "num_envs": 1, "normalize": True, "n_steps": 2048, "batch_size": 64, "n_epochs": 10, "learning_rate": 3e-4,
@@ -50,7 +51,6 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole-v1"): {
         "ours": {
             "num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4,
-            "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.01,
         },
         "sb3": {
             "num_envs": 4, "n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4,
@@ -91,7 +91,9 @@ class Args:
     cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
     growth: bool = False  # instead: ours over 1 to 64 environments, widths 64 to 512, and memory over 10M steps
-    race: float = 0.0  # instead: seconds, imports and all, until an evaluated return of this; ours against sb3's zoo
+    race: float = (
+        0.0  # instead: seconds until an evaluated return of this, ours with its flags of the suite, sb3 with its zoo's
+    )
     worker: str = ""  # internal: run this contender and print what it measured
     flags: str = "{}"  # internal: flags of ours that replace those of the setting, as JSON
 
@@ -196,42 +198,35 @@ def run_bare(args: Args, vector: bool) -> list:
     return [begin, stamp(args.steps)]
 
 
-def race_ours(args: Args, seed: int) -> list[tuple[int, float, float]]:
-    """(step, seconds of the process so far without evaluations, evaluated return) at each evaluation of our script."""
-    script, pauses, points = importlib.import_module(args.script), [0.0], []
-    evaluate, log = script.evaluate, script.Run.log
+def race_ours(args: Args, seed: int) -> dict[str, float]:
+    """Steps and seconds until our script, with the flags of the suite, is evaluated at the goal or better."""
+    script = importlib.import_module(args.script)
+    clock, evaluate = peers.RaceClock(args.race), script.evaluate
 
-    def timed_evaluate(*more: Any) -> tuple[float, float]:
-        start = time.perf_counter()
-        result = evaluate(*more)
-        pauses.append(time.perf_counter() - start)
+    def timed_evaluate(agent: Any, *more: Any) -> tuple[float, float]:
+        with clock.paused():
+            result = evaluate(agent, *more)
+        clock.check(result[0])
         return result
 
-    def log_and_note(self: Any, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        if "eval/episodic_return" in metrics:
-            points.append((step, seconds_of_process() - sum(pauses), metrics["eval/episodic_return"]))
+    end_iteration = script.Run.end_iteration
 
-    script.evaluate, script.Run.log = timed_evaluate, log_and_note
-    with tempfile.TemporaryDirectory() as directory:
-        line = f"--env-id {args.env_id} --total-timesteps {args.steps} --run-dir {directory} --seed {seed}"
-        line += (
-            f" --eval-every {args.steps // 100} --eval-episodes 10 {suite.FLAGS.get((args.script, args.env_id), '')}"
-        )
+    def end_and_count(self: Any, steps: int, *more: Any) -> None:
+        clock.step = self.step + steps
+        end_iteration(self, steps, *more)
+
+    script.evaluate, script.Run.end_iteration = timed_evaluate, end_and_count
+    with tempfile.TemporaryDirectory() as directory, contextlib.suppress(peers.GoalReached):
+        line = f"--env-id {args.env_id} --total-timesteps {args.steps} --run-dir {directory} --seed {seed} "
+        line += f"--eval-every {args.steps // 100} --eval-episodes 10 {suite.FLAGS.get((args.script, args.env_id), '')}"
         script.train(tyro.cli(script.Args, args=line.split()))
-    return points
-
-
-def seconds_of_process() -> float:
-    """Wall seconds since this process was started: imports count."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
+    return clock.result
 
 
 def work(args: Args) -> None:
     """Runs one contender in this process; its last line of output is what it measured."""
     import torch
+    import torch._dynamo  # else the first optimizer imports it, in the middle of what is timed
 
     torch.set_num_threads(1)
     seed = json.loads(args.flags).get("seed", 1)
@@ -244,7 +239,7 @@ def work(args: Args) -> None:
         "bare": lambda: run_bare(args, vector=False),
         "vector": lambda: run_bare(args, vector=True),
         "race_ours": lambda: race_ours(args, seed),
-        "race_sb3": lambda: peers.race(args.script, args.env_id, seed, args.steps, args.steps // 100),
+        "race_sb3": lambda: peers.race(args.script, args.env_id, seed, args.steps, args.race),
     }[args.worker]()
     print("\n" + json.dumps(result))
 
@@ -259,7 +254,8 @@ def measure(args: Args, worker: str, **changed: Any) -> Any:
         line += ["--total-timesteps", str(args.steps + 2048), "--no-cuda"]
     else:
         line = [sys.executable, "-m", "benchmark.speed", "--script", args.script, "--env-id", args.env_id]
-        line += ["--steps", str(args.steps), "--worker", worker, "--flags", json.dumps(changed)]
+        line += ["--steps", str(args.steps), "--race", str(args.race)]
+        line += ["--worker", worker, "--flags", json.dumps(changed)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
@@ -302,16 +298,14 @@ def compare(args: Args) -> dict:
 
 
 def race(args: Args) -> dict:
-    """Seconds until the first evaluated return of at least the goal, `rounds` seeds each, ours and sb3 in turn."""
-    table: dict[str, dict[str, list]] = {"ours": {}, "sb3": {}}
+    """Steps and seconds until the first evaluated return of at least the goal; ours and sb3 in turn, a seed a round."""
+    table: dict[str, list[dict]] = {"ours": [], "sb3": []}
     for seed in range(1, args.rounds + 1):
-        for name in table:
-            points = measure(args, f"race_{name}", seed=seed)
-            reached = next(((step, seconds) for step, seconds, value in points if value >= args.race), None)
-            for key, value in zip(("steps", "seconds"), reached or (None, None), strict=True):
-                table[name].setdefault(key, []).append(value and round(value, 1))
-            table[name].setdefault("whole_run", []).append(round(points[-1][1], 1))
-            print(name, "seed", seed, f"reached {args.race:g} after (steps, seconds)", reached, flush=True)
+        for name, rows in table.items():
+            rows.append(measure(args, f"race_{name}", seed=seed))
+            print(f"{name} seed {seed}: {rows[-1]}", flush=True)
+    means = {name: statistics.mean(row["seconds"] for row in rows) for name, rows in table.items()}
+    print(f"mean seconds, imports aside: {means}, ratio {means['sb3'] / means['ours']:.1f}")
     return table
 
 

@@ -1,6 +1,6 @@
 """What is run: environments, budgets, and the flags of each (script, environment) where the defaults do not do.
 
-The flags were chosen on seeds 11 to 13, which are not among the seeds that are reported (1 to 5).
+The flags were chosen on seeds from 11 on, which are not among the seeds that are reported (1 to 5).
 """
 
 SCRIPTS = ("reinforce", "ppo")
@@ -15,13 +15,14 @@ STEPS = {  # environment steps; 1M on MuJoCo
 EVAL_EPISODES = {"Pendulum-v1": 100}  # 20 elsewhere; the start states of Pendulum differ more than its policies
 
 PPO_MUJOCO = (
-    "--num-envs 4 --num-steps 512 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --gamma 0.99 "
-    "--gae-lambda 0.95 --log-std-init -1 --normalize-obs --normalize-rewards --compile"
+    "--num-envs 4 --num-steps 512 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 "
+    "--log-std-init -1 --normalize-obs --normalize-rewards --compile"
 )
 FLAGS = {
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("ppo", "Pendulum-v1"): (
-        "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --gamma 0.9 --gae-lambda 0.95"
+        "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
+        "--ent-coef 0"
     ),
     **{("ppo", env): PPO_MUJOCO for env in MUJOCO},
 }
