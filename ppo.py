@@ -57,6 +57,7 @@ from zipfile import BadZipFile, ZipFile
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium import spaces
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -341,15 +342,19 @@ class Rollout(NamedTuple):
 
 
 class Collector:
-    """Steps N environments, and carries the unfinished episodes from one rollout to the next."""
+    """Steps N environments, and carries the unfinished episodes from one rollout to the next.
 
-    def __init__(self, envs: list[gym.Env], gamma: float) -> None:
-        self.envs, self.gamma = envs, gamma
+    These can be a part of all `num_envs`, from index `first` on: the others belong to other processes.
+    """
+
+    def __init__(self, envs: list[gym.Env], gamma: float, first: int = 0, num_envs: int = 0) -> None:
+        self.envs, self.gamma, self.first, self.num_envs = envs, gamma, first, num_envs or len(envs)
         self.to_env = action_map(envs[0].action_space)
 
     def reset(self, seed: int, iteration: int) -> None:
         """Drops the unfinished episodes and starts all environments from seeds made of (seed, iteration, index)."""
-        resets = [env.reset(seed=env_seed(seed, 0, iteration, i)) for i, env in enumerate(self.envs)]
+        seeds = [env_seed(seed, 0, iteration, self.first + i) for i in range(len(self.envs))]
+        resets = [env.reset(seed=seed) for env, seed in zip(self.envs, seeds, strict=True)]
         self.obs = np.array([obs for obs, _ in resets], np.float32)
         self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
 
@@ -359,11 +364,12 @@ class Collector:
         obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
         rewards, discounted_returns = np.empty((2, *shape), np.float32)
         terminated, dones = np.empty((2, *shape), bool)
-        for t, noise in enumerate(agent.actor.noise(*shape).numpy()):
+        noises = agent.actor.noise(num_steps, self.num_envs)[:, self.first : self.first + len(self.envs)].numpy()
+        for t, noise in enumerate(noises):
             obs[t] = self.obs
             actions.append(act(self.obs, noise))
             if not math.isfinite(actions[t].sum()):  # MuJoCo would not survive it
-                check_finite(step + t * len(self.envs), {"obs": self.obs, "actions": actions[t]})
+                check_finite(step + t * self.num_envs, {"obs": self.obs, "actions": actions[t]})
             env_actions = self.to_env(actions[t])
             for i, env in enumerate(self.envs):
                 next_obs[t, i], reward, terminated[t, i], truncated, _ = env.step(env_actions[i])
@@ -373,29 +379,65 @@ class Collector:
                 dones[t, i] = terminated[t, i] or truncated
             self.obs = next_obs[t].copy()
             for i in np.flatnonzero(dones[t]):
-                ended.append((t * len(self.envs) + int(i) + 1, *self.episodes[i][:2]))
+                ended.append((t * self.num_envs + self.first + int(i) + 1, *self.episodes[i][:2]))
                 self.obs[i], _ = self.envs[i].reset()
                 self.episodes[i] = (0.0, 0, 0.0)
         arrays = (obs, next_obs, np.array(actions), rewards, terminated, dones, discounted_returns)
         return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
 
 
+def join(num_envs: int) -> tuple[int, int]:
+    """Joins the processes of torchrun; returns this one's rank and its share of the environments. Alone: 0 and all."""
+    if not dist.is_torchelastic_launched():
+        return 0, num_envs
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which is now what "cuda" means
+    dist.init_process_group()
+    if num_envs % dist.get_world_size():
+        fail(f"--num-envs {num_envs} cannot be divided among {dist.get_world_size()} processes")
+    return dist.get_rank(), num_envs // dist.get_world_size()
+
+
+def gather(x: Tensor) -> Tensor:
+    """The columns of all processes side by side: (T, N/P, ...) to (T, N, ...); x itself where there is but one."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, 1)
+
+
+def broadcast(run: "Run") -> None:
+    """Gives to all processes of torchrun what the first one has, perhaps from a checkpoint."""
+    if dist.is_initialized():
+        states = {name: part.state_dict() for name, part in run.parts.items()}
+        message = [run.step, run.iteration, torch.get_rng_state(), states]
+        dist.broadcast_object_list(message)
+        run.step, run.iteration, rng, states = message
+        torch.set_rng_state(rng)
+        for name, part in run.parts.items():
+            part.load_state_dict(states[name])
+
+
 def train(args: Args) -> dict[str, float]:
-    """Runs PPO; gives the last value of each metric, the final evaluation among them."""
+    """Runs PPO; returns the last value of each metric, the final evaluation among them."""
+    rank, share = join(args.num_envs)
     device = set_up(args.device, args.num_threads, args.seed)
-    envs = make_envs(args.env_id, args.num_envs)
+    envs = make_envs(args.env_id, share)
     agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
     return_norm = RunningNorm().to(device)
     params = list(agent.parameters())
     optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
-    collector = Collector(envs, args.gamma)
+    collector = Collector(envs, args.gamma, rank * share, args.num_envs)
 
     loss = partial(
         ppo_loss, agent, clip_coef=args.clip_coef, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
         normalize_advantages=args.normalize_advantages,
     )  # fmt: skip
     update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
-    with Run(args, agent=agent, optimizer=optimizer, return_norm=return_norm) as run:
+    parts = {"agent": agent, "optimizer": optimizer, "return_norm": return_norm}
+    with Follower(args, **parts) if rank else Run(args, **parts) as run:
+        broadcast(run)
         while run.step < args.total_timesteps:
             # 1. anneal the learning rate
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
@@ -416,7 +458,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 3. scale the rewards
             if args.normalize_rewards:
-                return_norm.update(discounted_returns)
+                return_norm.update(gather(discounted_returns))
             rewards = rewards * return_norm.scale
 
             metrics = []
@@ -431,7 +473,7 @@ def train(args: Args) -> dict[str, float]:
                     explained = explained_variance(values, returns)  # by a critic that has not seen this batch
 
                 # 5. one step for each minibatch of the shuffled batch
-                shuffle = torch.randperm(args.batch_size).to(device)
+                shuffle = torch.randperm(args.num_steps * share).to(device)
                 batch = (obs, actions, old_logprobs, advantages, returns)
                 minibatches = zip(*(x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in batch), strict=True)
                 steps = [update(*minibatch) for minibatch in minibatches]
@@ -441,7 +483,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(raw_obs)
+                agent.obs_norm.update(gather(raw_obs))
             more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
             run.end_iteration(args.batch_size, ended, mean_metrics(metrics) | more)
         return run.finish()
@@ -532,6 +574,24 @@ def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
+def average(x: Tensor) -> Tensor:
+    """The mean of x over the processes of torchrun; x itself where there is but one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def agree(signum: int, ended: list) -> tuple[int, list]:
+    """A signal that came to any of the processes of torchrun, and the episodes that ended in all of them, in order."""
+    everything = [(signum, ended)]
+    if dist.is_initialized():
+        everything *= dist.get_world_size()
+        dist.all_gather_object(everything, (signum, ended))
+    signums, lists = zip(*everything, strict=True)
+    return max(signums), sorted(episode for each in lists for episode in each)
+
+
 def make_update(
     loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
 ) -> Callable:
@@ -543,7 +603,7 @@ def make_update(
 
     def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = loss(*batch)
-        grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)])
+        grad = average(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)]))
         grad_norm = grad.norm()
         metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
         return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
@@ -567,8 +627,8 @@ def make_update(
 
 
 def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates, copied from the device in one go."""
-    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
+    """The mean of each metric over the updates (and processes), copied from the device in one go."""
+    means = average(torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]]))
     return dict(zip(metrics[0], means.tolist(), strict=True))
 
 
@@ -671,12 +731,13 @@ class Run:
     def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
         check_finite(self.step, metrics)
+        stop, ended = agree(self.signal, ended)  # read once: no exit without a checkpoint
         for offset, episodic_return, length in ended:
             self.last_return = episodic_return
             point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             self.log(self.step + offset, point)
         before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        now, stop = time.perf_counter(), self.signal  # read once: no exit without a checkpoint
+        now = time.perf_counter()
         self.speed = (self.step - self.first_step) / (now - self.clock)
         self.log(self.step, metrics | {"charts/SPS": self.speed})
         if self.compiling:  # the first iteration does not count, unless it is the only one
@@ -726,6 +787,36 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Follower(Run):
+    """What Run is to the first process of torchrun, to the others: it counts, and writes nothing."""
+
+    def __init__(self, args: Any, **parts: Any) -> None:
+        self.args, self.parts, self.fresh_start = args, parts, True
+        self.step = self.iteration = self.signal = 0
+
+    def __enter__(self) -> "Follower":
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Counts the steps; exits if a signal came."""
+        check_finite(self.step, metrics)
+        stop, _ = agree(self.signal, ended)
+        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
+        every = self.args.checkpoint_every
+        self.fresh_start = bool(every) and self.step // every > before // every
+        if stop:
+            raise SystemExit(128 + stop)
+
+    def finish(self) -> dict[str, float]:
+        """Nothing was logged here."""
+        return {}
 
 
 if __name__ == "__main__":

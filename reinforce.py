@@ -71,6 +71,7 @@ from zipfile import BadZipFile, ZipFile
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium import spaces
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -604,6 +605,24 @@ def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
+def average(x: Tensor) -> Tensor:
+    """The mean of x over the processes of torchrun; x itself where there is but one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def agree(signum: int, ended: list) -> tuple[int, list]:
+    """A signal that came to any of the processes of torchrun, and the episodes that ended in all of them, in order."""
+    everything = [(signum, ended)]
+    if dist.is_initialized():
+        everything *= dist.get_world_size()
+        dist.all_gather_object(everything, (signum, ended))
+    signums, lists = zip(*everything, strict=True)
+    return max(signums), sorted(episode for each in lists for episode in each)
+
+
 def make_update(
     loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
 ) -> Callable:
@@ -615,7 +634,7 @@ def make_update(
 
     def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = loss(*batch)
-        grad = torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)])
+        grad = average(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)]))
         grad_norm = grad.norm()
         metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
         return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
@@ -639,8 +658,8 @@ def make_update(
 
 
 def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates, copied from the device in one go."""
-    means = torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]])
+    """The mean of each metric over the updates (and processes), copied from the device in one go."""
+    means = average(torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]]))
     return dict(zip(metrics[0], means.tolist(), strict=True))
 
 
@@ -743,12 +762,13 @@ class Run:
     def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
         check_finite(self.step, metrics)
+        stop, ended = agree(self.signal, ended)  # read once: no exit without a checkpoint
         for offset, episodic_return, length in ended:
             self.last_return = episodic_return
             point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
             self.log(self.step + offset, point)
         before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        now, stop = time.perf_counter(), self.signal  # read once: no exit without a checkpoint
+        now = time.perf_counter()
         self.speed = (self.step - self.first_step) / (now - self.clock)
         self.log(self.step, metrics | {"charts/SPS": self.speed})
         if self.compiling:  # the first iteration does not count, unless it is the only one
