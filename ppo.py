@@ -93,7 +93,7 @@ class Args:
     update_epochs: int = 4  # passes over each batch
     num_minibatches: int = 4  # minibatches in a pass; must divide num_steps x num_envs
     clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio out of [1 - ε, 1 + ε]
-    ent_coef: float = 0.01  # weight of the entropy bonus
+    ent_coef: float = 0.02  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
     target_kl: float = 0.0  # no further epoch once one has ended with a mean approximate KL above this; 0: off
@@ -676,9 +676,10 @@ class Run:
                     raise BadZipFile  # PyTorch does not look at the checksums
             saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
             now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            changed = [name for name in now if name not in FREE_FLAGS and now[name] != then.get(name)]
+            names = [name for name in now | then if name not in FREE_FLAGS]  # one that only one of them has differs
+            changed = [name for name in names if now.get(name) != then.get(name)]
             if changed:
-                differences = ", ".join(f"{name} (was {then.get(name)}, is {now[name]})" for name in changed)
+                differences = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
                 fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])

@@ -707,9 +707,10 @@ class Run:
                     raise BadZipFile  # PyTorch does not look at the checksums
             saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
             now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            changed = [name for name in now if name not in FREE_FLAGS and now[name] != then.get(name)]
+            names = [name for name in now | then if name not in FREE_FLAGS]  # one that only one of them has differs
+            changed = [name for name in names if now.get(name) != then.get(name)]
             if changed:
-                differences = ", ".join(f"{name} (was {then.get(name)}, is {now[name]})" for name in changed)
+                differences = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
                 fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])

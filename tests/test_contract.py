@@ -148,7 +148,7 @@ UNSUPPORTED = {
     "MultiObs-v0": (spaces.MultiBinary(3), TWO), "MultiDiscrete-v0": (BOX, spaces.MultiDiscrete([2, 3])),
     "IntegerBox-v0": (BOX, spaces.Box(0, 5, (2,), np.int64)), "DictAction-v0": (BOX, spaces.Dict(a=TWO)),
 }  # fmt: skip
-for env_id, length in (("Toy-v0", 0), ("Toy20-v0", 20), ("Toy40-v0", 40)):
+for env_id, length in (("Toy-v0", 0), ("Toy1-v0", 1), ("Toy20-v0", 20), ("Toy40-v0", 40)):
     gym.register(env_id, Toy, kwargs={"length": length})
 for env_id, pair in (SUPPORTED | UNSUPPORTED).items():
     gym.register(env_id, Odd, kwargs={"obs": pair[0], "action": pair[1]})
@@ -366,6 +366,17 @@ def test_killed_and_resumed_runs_equal_undisturbed_ones(name: str, env_id: str, 
 
 
 @every_script
+def test_a_resumed_run_has_each_point_once(name: str, tmp_path: Path) -> None:
+    """Killed in its second save, it has points after the first; also the very next step has one: episodes last one."""
+    flags = {"env_id": "Toy1-v0", "num_envs": 1, "checkpoint_every": 64, "run_dir": "run", "resume": True}
+    assert process(name, tmp_path, ("save", 2, signal.SIGKILL), **flags) == (-signal.SIGKILL, "")
+    assert process(name, tmp_path, **flags) == (0, "")
+    for curve in curves(tmp_path / "run").values():
+        steps = [step for step, _ in curve]
+        assert steps == sorted(set(steps))
+
+
+@every_script
 def test_signals_stop_after_the_iteration_and_a_second_one_at_once(name: str, tmp_path: Path) -> None:
     flags = {"env_id": "Toy20-v0", "total_timesteps": 640, "checkpoint_every": 0, "resume": True}
     for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -399,6 +410,37 @@ def test_resume_wants_the_same_flags(name: str, finished: Callable) -> None:
     refused(name, stranger, name, **resume | {"run_dir": finished(stranger, "stranger")})
 
 
+def other_values(name: str) -> dict[str, list]:
+    """For each flag the values that the runs of these tests do not have: all of a switch or choice, else one."""
+    found = {}
+    for field in fields(importlib.import_module(name).Args):
+        others = [not field.default] if field.type is bool else [x for x in get_args(field.type) if x != field.default]
+        found[field.name] = others or [OTHER[field.name]]
+    return found
+
+
+@every_script
+def test_resume_refuses_every_changed_flag(name: str, finished: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    finished(name, "run")
+    rng = np.random.default_rng(0)
+    np.savez("demonstrations.npz", obs=rng.normal(5, 3, (300, 3)), actions=rng.uniform(0, 1, (300, 2)))
+    before = contents(Path("run"))
+    for flag, values in other_values(name).items():
+        if flag not in ("device", "num_threads", "run_dir", "resume"):
+            refused(name, f"{flag} (was", **flags_of(name, resume=True, run_dir="run") | {flag: values[0]})
+    assert contents(Path("run")) == before
+
+
+@every_script
+def test_a_checkpoint_from_a_gpu_goes_on_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        train(name, "run")
+    assert b"cuda:0" in Path("run", "checkpoint.pt").read_bytes()
+    train(name, "run", resume=True)
+
+
 class Malice:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("executed",)
@@ -420,6 +462,12 @@ def without(good: bytes, key: str) -> bytes:
     return file_of({k: x for k, x in torch.load(io.BytesIO(good), weights_only=True).items() if k != key})
 
 
+def other_flags(good: bytes, change: Callable) -> bytes:
+    saved = torch.load(io.BytesIO(good), weights_only=True)
+    change(saved["args"])
+    return file_of(saved)
+
+
 DAMAGES = {
     "truncated": lambda good: good[: len(good) // 2], "flipped bit": flipped, "empty": lambda good: b"",
     "text": lambda good: b"This is no checkpoint.\n", "one digit": lambda good: b"0\n",
@@ -427,7 +475,8 @@ DAMAGES = {
     "another dict": lambda good: file_of({"args": {}, "script": "x"}),
     "without agent": partial(without, key="agent"), "without step": partial(without, key="step"),
     "malicious pickle": lambda good: pickle.dumps({"args": Malice()}), "malicious zip": lambda good: file_of(Malice()),
-    "directory": None,
+    "a flag less": partial(other_flags, change=lambda args: args.pop("gamma")),
+    "a flag more": partial(other_flags, change=lambda args: args.update(omega=1)), "directory": None,
 }  # fmt: skip
 
 
@@ -480,6 +529,7 @@ def test_impossible_numbers_are_refused(name: str) -> None:
     args = importlib.import_module(name).Args
     for field in fields(args):
         numbers = {int: [-1] if field.name in ZERO_IS_OFF else [0, -1], float: [math.nan, math.inf, -1.0]}
+        numbers[float] += [1.001] if field.name in ("gamma", "gae_lambda") else []
         for number in numbers.get(field.type, []):
             if (field.name, number) != ("log_std_init", -1.0):
                 with pytest.raises(ValueError, match=field.name.replace("_", "-")):
@@ -497,7 +547,7 @@ def test_supported_spaces_run(name: str, env_id: str) -> None:
 
 
 @every_script
-@pytest.mark.parametrize("flaw", ["obs", "rewards", "actions", "loss"])
+@pytest.mark.parametrize("flaw", ["obs", "rewards", "actions", "loss", "agent"])
 def test_not_finite_ends_the_run(name: str, flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     module, Toy.flaw = importlib.import_module(name), flaw
     noise, make_update, kept = module.GaussianActor.noise, module.make_update, []
@@ -512,11 +562,18 @@ def test_not_finite_ends_the_run(name: str, flaw: str, monkeypatch: pytest.Monke
         replace(source, target)
         kept[:] = [Path(target).read_bytes()]
 
+    def bad_save(run: Any, save: Callable = module.Run.save) -> None:
+        (parameter, *_) = run.parts["agent"].parameters()
+        parameter.data.copy_(spoiled(parameter.data))
+        save(run)
+
     monkeypatch.setattr(os, "replace", replace)
     if flaw == "actions":
         monkeypatch.setattr(module.GaussianActor, "noise", lambda *args: spoiled(noise(*args)))
     if flaw == "loss":
         monkeypatch.setattr(module, "make_update", bad_update)
+    if flaw == "agent":
+        monkeypatch.setattr(module.Run, "save", bad_save)
     with pytest.raises(SystemExit) as leave:
         train(name, "run", checkpoint_every=100, total_timesteps=1000)
     err, saved = capsys.readouterr().err, state(Path("run"))
@@ -612,6 +669,23 @@ def test_curves_have_a_point_for_each_episode(name: str) -> None:
         assert steps[-1] == Toy.steps == state(Path(str(seed)))["step"]
         assert all([step for step, _ in curve] == steps for curve in points.values())
     assert max(Counter(Toy.seeds).values()) == 1  # no seed is used twice, nor by two runs
+
+
+@every_script
+def test_speed_leaves_out_evaluations_and_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves on by 1/50 s with each step, and by 1000 s with each evaluation and checkpoint."""
+    module, pauses = importlib.import_module(name), []
+
+    def slow(function: Callable) -> Callable:
+        return lambda *args: [pauses.append(1000), function(*args)][1]
+
+    monkeypatch.setattr(module, "evaluate", slow(module.evaluate))
+    monkeypatch.setattr(torch, "save", slow(torch.save))
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(pauses) + Toy.steps / 50)
+    train(name, "run", eval_every=100, eval_episodes=1, checkpoint_every=120, total_timesteps=600)
+    assert len(pauses) > 8
+    speeds = [point.value for point in events(Path("run")).Scalars("charts/SPS")]
+    assert speeds == pytest.approx([50.0] * len(speeds))
 
 
 @every_script

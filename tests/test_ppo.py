@@ -969,6 +969,21 @@ def test_number_of_updates(flags: dict, updates: int):
     assert all(torch.isfinite(value).all() for value in run.checkpoint["agent"].values())
 
 
+def test_target_kl_is_compared_with_the_mean_of_one_epoch():
+    """Where the mean of the third epoch is a hair above it, there are three; a hair below, there is one more.
+
+    The last minibatch alone would end it earlier, as it is above the mean, and the mean of all three epochs later.
+    """
+    flags = {"anneal_lr": False, "total_timesteps": 24, "update_epochs": 5}
+    logratios = [u.agent.actor(*u.batch[:2])[0] - u.batch[2] for u in run_train(**flags).updates]
+    kls = np.reshape([(x.exp() - 1 - x).mean().item() for x in logratios], (5, 4))
+    means = kls.mean(1).tolist()
+    assert max(means[:2]) < kls[:3].mean() < 0.99 * means[2]
+    assert 1.01 * means[2] < min(kls[2, 3], means[3])
+    for factor, epochs in ((0.999, 3), (1.001, 4)):
+        assert len(run_train(**flags, target_kl=factor * means[2]).advantages) == epochs
+
+
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_learning_rate(anneal_lr: bool):
     run = run_train(anneal_lr=anneal_lr)
@@ -1012,6 +1027,13 @@ def test_statistics_of_a_run():
         )
         rewards, deviation = run.advantages[3 * k][1][0], np.sqrt(discounted[: 8 * k + 8].var() + 1e-8)
         close(rewards, expected["reward"][now] / deviation, 1e-5)
+
+
+@pytest.mark.parametrize("flag", NORMALIZED)
+def test_each_flag_updates_its_own_statistics(flag: str):
+    saved = run_train(**{flag: True}).checkpoint
+    assert saved["agent"]["obs_norm.count"] == (96 if flag == "normalize_obs" else 0)
+    assert saved["return_norm"]["count"] == (96 if flag == "normalize_rewards" else 0)
 
 
 def test_statistics_stay_out_of_a_run_without_the_flags():

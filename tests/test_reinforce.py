@@ -448,6 +448,9 @@ def test_observations_are_normalised_by_earlier_steps_taken():
     rows = batches[0].obs[batches[0].mask]
     close(second.batch[0], (batches[1].obs - rows.mean(0)) / (rows.var(0, correction=0) + 1e-8).sqrt())
     assert agent.obs_norm.count == 2 * sum(LENGTHS)
+    rows = torch.cat([episodes.obs[episodes.mask] for episodes in batches])
+    close(agent.obs_norm.mean, rows.mean(0))
+    close(agent.obs_norm.var, rows.var(0, correction=0))
 
 
 def test_later_epochs_are_off_policy():
@@ -456,6 +459,40 @@ def test_later_epochs_are_off_policy():
     (iteration,) = run_train([episodes], agent, update_epochs=3, learning_rate=0.01, importance="causal")
     close(iteration.batch[2], before.actor(episodes.obs, episodes.actions)[0])
     assert iteration.metrics["losses/approx_kl"] > 1e-6
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_the_gradient_steps_can_be_taken_by_a_second_road(importance: str):
+    """Separate tensors, backward() and plain Adam: steps of the policy, then of a critic that had not seen the batch.
+
+    Twice: the second iteration starts halfway through the run, which only the policy's learning rate heeds.
+    """
+    agent, episodes = random_agent(3, TWO_AXES), random_episodes(LENGTHS, 3, TWO_AXES)
+    agent.obs_norm.update(1 + 3 * torch.randn(50, 3).double())
+    other, mask = copy.deepcopy(agent), episodes.mask
+    flags = {"learning_rate": 0.01, "update_epochs": 3, "critic_learning_rate": 0.02, "critic_epochs": 4}
+    iterations = run_train([episodes] * 2, agent, importance=importance, **flags)
+    obs = other.obs_norm(episodes.obs)
+    returns = reinforce.discounted_sum(episodes.rewards, torch.full_like(episodes.rewards, GAMMA))
+    actor, critic = (torch.optim.Adam(net.parameters(), lr=0.02, eps=1e-5) for net in (other.actor, other.critic))
+    for iteration, learning_rate in zip(iterations, (0.01, 0.005), strict=True):
+        advantages = ((returns - other.critic(obs)) * mask).detach()
+        close(iteration.batch[3] * mask, advantages)
+        actor.param_groups[0]["lr"] = learning_rate
+        old = distribution(other.actor, obs).log_prob(episodes.actions).detach()
+        for _ in range(3):
+            logprobs = distribution(other.actor, obs).log_prob(episodes.actions)
+            logratio = ((logprobs - old) * mask).detach()
+            products = {"trajectory": logratio.sum(0), "causal": logratio.cumsum(0), "first_order": logratio}
+            actor.zero_grad()
+            (-(products[importance].exp() * advantages * logprobs).sum() / 4).backward()
+            actor.step()
+        for _ in range(4):
+            critic.zero_grad()
+            (other.critic(obs) - returns)[mask].square().mean().backward()
+            critic.step()
+    for param, expected in zip(agent.parameters(), other.parameters(), strict=True):
+        close(param, expected)
 
 
 @pytest.mark.parametrize(("anneal_lr", "expected"), [(True, [1.0, 0.75, 0.5]), (False, [1.0, 1.0, 1.0])])
@@ -737,6 +774,35 @@ def test_clone_recovers_the_teacher():
         assert agent.actor(obs, actions)[0].mean() > before + 1
         assert np.abs(agent.policy()(obs.numpy(), 0.0) - actions.numpy()).mean() < 0.06
         assert all(torch.equal(value, critic[name]) for name, value in agent.critic.state_dict().items())
+
+
+def test_clone_uses_all_rows():
+    """The last of 600 alone show what to do in the second state."""
+    obs, actions = torch.eye(2).repeat_interleave(300, 0), torch.tensor([0, 1]).repeat_interleave(300)
+    agent = random_agent(2, spaces.Discrete(3), torch.float32)
+    reinforce.clone(agent, obs, actions, 200, 0.01)
+    assert agent.actor(obs, actions)[0].exp().min() > 0.9
+
+
+def test_a_run_clones_once_and_from_normalised_observations(tmp_path, monkeypatch):
+    """By the statistics of the demonstrations; a resumed run must not lose to them what it has learned since."""
+    obs, seen, clone = np.random.default_rng(0).normal(2, 5, (50, 3)), [], reinforce.clone
+
+    def spy(agent: reinforce.Agent, *args: Any) -> None:
+        seen.append((copy.deepcopy(agent.obs_norm), args))
+        clone(agent, *args)
+
+    monkeypatch.setattr(reinforce, "clone", spy)
+    np.savez(tmp_path / "file.npz", obs=obs, actions=np.arange(50) % A)
+    flags = {"env_id": "Tabular-v0", "num_envs": 2, "total_timesteps": 1, "eval_episodes": 0, "normalize_obs": True}
+    flags |= {"demonstrations": str(tmp_path / "file.npz"), "cloning_steps": 2, "learning_rate": 0.01}
+    for resume in (False, True):
+        real_run(tmp_path, resume=resume, **flags)
+    ((norm, (cloned, actions, *rest)),) = seen
+    close(cloned, (obs - obs.mean(0)) / obs.std(0), 1e-5)
+    close(norm.mean, obs.mean(0), 1e-6)
+    assert actions.tolist() == [0, 1] * 25
+    assert rest == [2, 0.01]
 
 
 def test_demonstrations_come_in_the_units_of_the_environment(tmp_path):
