@@ -86,7 +86,7 @@ class Args:
 
     # Algorithm
     num_steps: int = 64  # steps of each environment in a rollout, T
-    learning_rate: float = 2.5e-3  # Adam's step size
+    learning_rate: float = 2.5e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo

@@ -104,7 +104,7 @@ class Args:
     baseline: Literal["none", "average", "optimal", "time", "value"] = "value"  # subtracted from the weights
     update_epochs: int = 1  # passes over each batch
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # weights from the second pass on
-    learning_rate: float = 2e-3  # Adam's step size
+    learning_rate: float = 2e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V

@@ -65,6 +65,13 @@ SCRIPTS = {
     "ppo": Script(
         {"num_steps": 64, "update_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
         ("update_epochs", "num_minibatches"), {"losses/q_loss"}, {"num_minibatches": 7}),
+    "a2c": Script(
+        {"num_steps": 64}, {"num_steps": 128}, (), {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},
+        {"asynchronous": True, "device": "cuda"}),
+    "actor_critic": Script(
+        {"num_steps": 64, "critic_epochs": 2}, {"num_steps": 128}, ("critic_epochs",),
+        {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},  # one step a rollout: no ratio without a second pass
+        {"num_envs": 2, "trace_decay": 0.5}),
     "reinforce": Script(
         {"update_epochs": 2, "critic_epochs": 2, "cloning_steps": 2}, {"env_id": "Toy40-v0"},
         ("update_epochs", "critic_epochs"), {"losses/q_loss", "losses/clipfrac"}, {"num_envs": 1, "baseline": "time"}),
@@ -81,12 +88,14 @@ OTHER = {
     "learning_rate": 1e-4, "gamma": 0.5, "gae_lambda": 0.3, "update_epochs": 3, "num_minibatches": 4,
     "clip_coef": 1e-4, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "hidden_size": 8,
     "log_std_init": -1.0, "critic_learning_rate": 1e-4, "critic_epochs": 3, "demonstrations": "demonstrations.npz",
-    "cloning_steps": 3,
+    "cloning_steps": 3, "lookahead": 2, "trace_decay": 0.5, "num_workers": 1,
 }  # fmt: skip
 # What is set as well where a flag is tried, so that it has an effect, or does not take long
 NEEDS = {
     "cloning_steps": {"demonstrations": "demonstrations.npz"}, "compile": {"env_id": "Toy20-v0"},
-    "num_threads": {"total_timesteps": 16},
+    "num_threads": {"total_timesteps": 16}, "lookahead": {"advantage": "n_step"}, "vf_coef": {"shared_network": True},
+    "trace_decay": {"num_envs": 1, "num_steps": 1}, "asynchronous": {"env_id": "CartPole-v1"},
+    "num_workers": {"env_id": "CartPole-v1", "asynchronous": True},
 }  # fmt: skip
 NEUTRAL = {"compile", "run_dir", "resume", "eval_every", "eval_episodes"}  # of no effect
 ZERO_IS_OFF = {"seed", "checkpoint_every", "eval_every", "eval_episodes"}
@@ -159,6 +168,11 @@ for env_id, pair in (SUPPORTED | UNSUPPORTED).items():
 def flags_of(name: str, **flags: Any) -> dict[str, Any]:
     short = {"env_id": "Toy-v0", "num_envs": 2, "total_timesteps": 256, "eval_episodes": 0, "device": "cpu"}
     return short | SCRIPTS[name].tiny | flags
+
+
+def needs_of(name: str, flag: str) -> dict[str, Any]:
+    known = {field.name for field in fields(importlib.import_module(name).Args)}
+    return {key: value for key, value in NEEDS.get(flag, {}).items() if key in known}
 
 
 def normalizing(name: str) -> dict[str, bool]:
@@ -428,7 +442,8 @@ def test_resume_refuses_every_changed_flag(name: str, finished: Callable, monkey
     before = contents(Path("run"))
     for flag, values in other_values(name).items():
         if flag not in ("device", "num_threads", "run_dir", "resume"):
-            refused(name, f"{flag} (was", **flags_of(name, resume=True, run_dir="run") | {flag: values[0]})
+            changed = needs_of(name, flag) | {flag: values[0]}
+            refused(name, f"{flag} (was", **flags_of(name, resume=True, run_dir="run") | changed)
     assert contents(Path("run")) == before
 
 
@@ -798,7 +813,7 @@ def test_every_flag_runs_and_has_its_effect(name: str, monkeypatch: pytest.Monke
         others = {not field.default} if field.type is bool else set(get_args(field.type)) - {field.default}
         for value in others or {OTHER[field.name]}:
             assert value != flags_of(name).get(field.name, field.default) or field.name == "run_dir"
-            needs = NEEDS.get(field.name, {})
+            needs = needs_of(name, field.name)
             changed = {field.name: value} if field.name != "run_dir" else {}  # each run has another one
             new = result(**needs, **changed)  # more threads and a GPU may round differently
             if field.name == "num_threads":

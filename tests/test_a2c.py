@@ -1,0 +1,294 @@
+"""Proves that a2c.py takes the step that it says: as PPO restricted, over processes, and asynchronously.
+
+What it shares with ppo.py (advantages, networks, rollouts) has the same text there, and is proved in test_ppo.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+from torch.distributions import Categorical, MultivariateNormal
+
+import a2c
+import ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+DISCRETE, BOX = spaces.Discrete(3), spaces.Box(np.float32([-2, 0]), np.float32([6, 1]))
+BOTH = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["categorical", "gaussian"])
+
+
+class Fragile(gym.Env):
+    """Ends its process, or raises, at its 400th step; workers find it as test_a2c:Raises-v0 and test_a2c:Dies-v0."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.steps = how, 0
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        if self.steps == 400:
+            if self.how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("the environment broke")
+        return np.zeros(2, np.float32), 1.0, self.steps % 10 == 0, False, {}
+
+
+for how in ("Raises", "Dies"):
+    gym.register(f"{how}-v0", "test_a2c:Fragile", kwargs={"how": how.lower()})
+
+
+def random_case(space: gym.Space, size: int = 16) -> tuple[a2c.Agent, list[Tensor]]:
+    """An agent with parameters far from 0, and obs, actions, advantages and returns, in float64."""
+    torch.manual_seed(0)
+    env = SimpleNamespace(observation_space=spaces.Box(-1, 1, (3,)), action_space=space)
+    agent = a2c.Agent(env, 6, 0.0).double()
+    for param in agent.parameters():
+        param.data = 0.7 * torch.randn(param.shape, dtype=torch.float64)
+    obs, actions = torch.randn(size, 3).double(), torch.randn(size, 2).double()
+    actions = torch.randint(3, (size,)) if space is DISCRETE else actions
+    return agent, [obs, actions, 2 * torch.randn(size).double() + 1, torch.randn(size).double()]
+
+
+def state(run_dir: Path, *parts: str) -> list[Tensor]:
+    """The tensors of these parts of the checkpoint, in order."""
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    return [x for x in torch.utils._pytree.tree_leaves([saved[part] for part in parts]) if isinstance(x, Tensor)]
+
+
+def train(module: Any, run_dir: Path, **flags: Any) -> dict[str, float]:
+    short = {"eval_episodes": 0, "checkpoint_every": 0, "device": "cpu", "num_envs": 4, "num_steps": 8}
+    return module.train(module.Args(**short | {"run_dir": str(run_dir)} | flags))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("normalize_advantages", [False, True])
+def test_loss_sample_by_sample(space: gym.Space, normalize_advantages: bool):
+    agent, (obs, actions, advantages, returns) = random_case(space)
+    flags = {"vf_coef": 0.3, "ent_coef": 0.2, "normalize_advantages": normalize_advantages}
+    loss, metrics = a2c.a2c_loss(agent, obs, actions, advantages, returns, **flags)
+    weights = advantages
+    if normalize_advantages:
+        weights = (advantages - advantages.numpy().mean()) / advantages.numpy().std()
+    out = agent.actor.net(obs)
+    pi = Categorical(logits=out) if space is DISCRETE else None
+    pi = pi or MultivariateNormal(out, torch.diag(agent.actor.log_std.exp().square()))
+    policy_loss = -sum(w * logprob for w, logprob in zip(weights, pi.log_prob(actions), strict=True)) / len(obs)
+    value_loss = sum((v - g) ** 2 for v, g in zip(agent.critic.net(obs)[:, 0], returns, strict=True)) / len(obs)
+    expected = policy_loss + 0.3 * value_loss - 0.2 * pi.entropy().mean()
+    params = list(agent.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(x, params) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7 if normalize_advantages else 1e-12)
+    torch.testing.assert_close(metrics["policy_loss"], policy_loss, rtol=0, atol=1e-7)
+    torch.testing.assert_close(metrics["value_loss"], value_loss)
+    torch.testing.assert_close(metrics["entropy"], pi.entropy().mean())
+
+
+def test_each_loss_trains_its_own_network_and_advantages_are_constants():
+    agent, (obs, actions, advantages, returns) = random_case(BOX)
+    advantages.requires_grad_()
+    names, params = zip(*agent.named_parameters(), strict=True)
+    for vf_coef, advantage, trained in ((0.0, advantages, "actor"), (1.0, torch.zeros(16).double(), "critic")):
+        flags = {"vf_coef": vf_coef, "ent_coef": 0.0, "normalize_advantages": False}
+        loss, _ = a2c.a2c_loss(agent, obs, actions, advantage, returns, **flags)
+        for name, grad in zip(names, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+            assert (grad is not None and bool(grad.abs().sum() > 0)) == name.startswith(trained), name
+    loss, _ = a2c.a2c_loss(agent, obs, actions, advantages, returns, **flags)
+    assert torch.autograd.grad(loss, advantages, allow_unused=True) == (None,)
+    with pytest.raises(AssertionError):
+        a2c.a2c_loss(agent, obs, actions, advantages.unsqueeze(1), returns, **flags)
+
+
+# -- PPO with one epoch, one minibatch and no clipping -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_is_ppo_with_one_step_a_rollout(env_id: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Step for step over ten updates, normalisation of observations and rewards, annealing and all."""
+    flags = {
+        "env_id": env_id, "num_steps": 32, "total_timesteps": 1280, "learning_rate": 1e-3, "gae_lambda": 0.9,
+        "ent_coef": 0.01, "normalize_advantages": False, "normalize_obs": True, "normalize_rewards": True,
+    }  # fmt: skip
+    ours = train(a2c, tmp_path / "a2c", optimizer=optimizer, **flags)
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # the order in a minibatch of all does not matter: no draw
+    if optimizer == "rmsprop":
+        monkeypatch.setattr(torch.optim, "Adam", lambda params, fused, **more: torch.optim.RMSprop(params, **more))
+    theirs = train(ppo, tmp_path / "ppo", update_epochs=1, num_minibatches=1, clip_coef=1e9, **flags)
+    for a, b in zip(*(state(tmp_path / name, "agent", "return_norm") for name in ("a2c", "ppo")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for tag in ("losses/value_loss", "losses/entropy", "losses/grad_norm", "charts/learning_rate"):
+        assert ours[tag] == pytest.approx(theirs[tag], rel=1e-3)
+    moved = state(tmp_path / "a2c", "agent")[-1] - a2c.Agent(a2c.make_envs(env_id, 1)[0], 64, 0.0).critic.net[4].bias
+    assert moved.abs().max() > 1e-3
+
+
+def test_short_rollouts_share_a_point_in_the_log(tmp_path: Path):
+    """4 environments x 8 steps: 4 updates are an iteration; its metrics are means, its episodes where they ended."""
+    points = []
+
+    class Spy(a2c.Run):
+        def end_iteration(self, steps: int, ended: list, metrics: dict[str, float]) -> None:
+            points.append((self.step, steps, ended))
+            super().end_iteration(steps, ended, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a2c, "Run", Spy)
+        train(a2c, tmp_path / "run", total_timesteps=512)
+    assert [(step, steps) for step, steps, _ in points] == [(k, 128) for k in (0, 128, 256, 384)]
+    ended = [step + offset for step, _, episodes in points for offset, _, _ in episodes]
+    assert all(a < b for a, b in pairwise(ended))
+    lengths = sum(length for _, _, episodes in points for _, _, length in episodes)
+    assert 512 - 4 * 500 < lengths <= 512
+    assert lengths > 256
+    assert state(tmp_path / "run", "optimizer")[0].item() in (16, 0)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+FAILS_ON_RANK_1 = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+import a2c
+collect = a2c.Collector.collect
+def broken(self, agent, num_steps, step):
+    if os.environ["RANK"] == "1" and step >= 256:
+        raise RuntimeError("rank 1 broke")
+    return collect(self, agent, num_steps, step)
+a2c.Collector.collect = broken
+a2c.train(a2c.Args(run_dir=sys.argv[3], total_timesteps=100_000))
+"""
+
+
+def command(*words: str, processes: int = 0, timeout: int = 240) -> subprocess.CompletedProcess:
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environ |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    line = [sys.executable, *run, *words]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environ)
+
+
+@pytest.mark.parametrize(("script", "steps"), [("a2c", 3072), ("ppo", 1024)])
+def test_two_processes_with_half_of_the_environments_are_one_with_all(script: str, steps: int, tmp_path: Path):
+    """The same statistics, and the same parameters but for the order of sums. PPO: before its shuffles draw apart."""
+    more = "" if script == "a2c" else "--update-epochs 1 --num-minibatches 1 --no-normalize-advantages"
+    line = f"{script}.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --total-timesteps {steps} --eval-episodes 1 "
+    line += f"--normalize-obs --normalize-rewards --learning-rate 1e-4 --device cpu {more}"
+    for name, processes in (("one", 0), ("two", 2)):
+        done = command(*line.split(), "--run-dir", str(tmp_path / name), processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("evaluated return") == 1  # one process speaks for all
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    assert one["step"] == two["step"] == steps
+    for part in ("agent", "return_norm"):
+        for name, x in one[part].items():
+            torch.testing.assert_close(x, two[part][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert one["agent"]["obs_norm.count"] == two["agent"]["obs_norm.count"] == steps
+
+
+def test_a_process_that_fails_ends_all(tmp_path: Path):
+    (tmp_path / "driver.py").write_text(FAILS_ON_RANK_1)
+    paths = str(ROOT), str(Path(__file__).parent), str(tmp_path / "run")
+    done = command(str(tmp_path / "driver.py"), *paths, processes=2, timeout=120)
+    assert done.returncode != 0
+    assert "rank 1 broke" in done.stderr
+
+
+def test_environments_must_be_divisible_among_processes(tmp_path: Path):
+    done = command("a2c.py", "--num-envs", "3", "--run-dir", str(tmp_path / "run"), processes=2)
+    assert done.returncode != 0
+    assert "--num-envs 3 cannot be divided among 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# -- asynchronous ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_one_worker_is_the_synchronous_run(optimizer: str, tmp_path: Path):
+    """Bit for bit: parameters, statistics of optimiser, observations and rewards."""
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 1280, "normalize_obs": True, "normalize_rewards": True}
+    flags |= {"optimizer": optimizer}
+    train(a2c, tmp_path / "synchronous", **flags)
+    train(a2c, tmp_path / "asynchronous", asynchronous=True, num_workers=1, **flags)
+    parts = "agent", "optimizer", "return_norm"
+    one, other = (state(tmp_path / name, *parts) for name in ("synchronous", "asynchronous"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_workers_share_parameters_and_optimizer(optimizer: str, tmp_path: Path):
+    """Not one update of three workers is lost: the shared count of steps, and the shared moments, have all of them."""
+    flags = {"optimizer": optimizer, "total_timesteps": 3000, "asynchronous": True, "num_workers": 3, "num_envs": 1}
+    train(a2c, tmp_path / "run", normalize_obs=True, **flags)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert 3000 <= saved["step"] < 3000 + 3 * 128
+    assert saved["optimizer"]["state"][0]["step"] == saved["step"] / 8
+    assert saved["agent"]["obs_norm.count"] == saved["step"]
+
+
+@pytest.mark.parametrize("env_id", ["Raises-v0", "Dies-v0"])
+def test_a_worker_that_fails_ends_the_run(env_id: str, tmp_path: Path):
+    run_dir, start = tmp_path / "run", time.perf_counter()
+    words = f"--env-id test_a2c:{env_id} --asynchronous --num-workers 2 --num-envs 1 --checkpoint-every 128 --run-dir"
+    done = command("a2c.py", *words.split(), str(run_dir), timeout=120)
+    assert done.returncode == 1
+    assert "a worker ended with status" in done.stderr
+    assert ("the environment broke" in done.stderr) == (env_id == "Raises-v0")
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] >= 128
+    assert time.perf_counter() - start < 100
+
+
+def test_asynchronous_run_is_stopped_and_resumed(tmp_path: Path):
+    """Ctrl-C goes to all processes of a terminal: the workers leave it to the main one, which saves, and ends them."""
+    words = f"a2c.py --asynchronous --num-envs 1 --total-timesteps 6000 --run-dir {tmp_path / 'run'} --resume".split()
+    line = [sys.executable, *words, "--eval-episodes", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, start_new_session=True, **pipes) as child:
+        while "steps/s" not in child.stdout.readline():
+            pass
+        os.killpg(child.pid, signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.count("\n") == 1
+    assert "--resume" in err
+    for _ in range(100):
+        try:
+            os.killpg(child.pid, 0)  # is there a worker left?
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a process of the run is left")
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 6000
+    done = command(*line[1:])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"from step {step:,}" in done.stdout
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 6000
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def test_learns_cartpole(tmp_path: Path):
+    result = train(a2c, tmp_path / "run", num_envs=8, num_steps=5, total_timesteps=30_000, eval_episodes=10)
+    assert result["eval/episodic_return"] > 100  # about 10 to 30 without learning
