@@ -255,8 +255,6 @@ def test_more_of_the_rewards_is_more_variance():
     assert one < two < three
     assert zero < half < full
     assert (one, three) == pytest.approx((zero, full), rel=1e-10)
-    assert full < variance(advantage="monte_carlo", gamma=1.0)
-    print(one, two, three, half)
 
 
 # -- advantages and targets against double loops -----------------------------------------------------------------------
@@ -780,13 +778,11 @@ def test_learns_a_continuous_action(broken: bool, monkeypatch: pytest.MonkeyPatc
         env_id="actor_critic/Target-v0", total_timesteps=6_000, num_envs=4, num_steps=10, learning_rate=0.01,
         hidden_size=16, device="cpu", eval_episodes=200, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    value = actor_critic.train(args)["eval/episodic_return"]
-    print("target", broken, value)
-    assert (value > -0.02) == (not broken)
+    assert (actor_critic.train(args)["eval/episodic_return"] > -0.05) == (not broken)  # −0.01, and −6 with a wrong sign
+
 
 
 def test_learns_cartpole(tmp_path: Path):
-    args = actor_critic.Args(total_timesteps=25_000, device="cpu", eval_episodes=10, run_dir=str(tmp_path / "run"))
+    args = actor_critic.Args(total_timesteps=15_000, device="cpu", eval_episodes=10, run_dir=str(tmp_path / "run"))
     value = actor_critic.train(args)["eval/episodic_return"]
-    print("cartpole", value)
-    assert value > 100
+    assert value > 150  # 392 to 500 with seeds 1 to 3, at random 20, with a wrong sign 9
