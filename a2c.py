@@ -523,11 +523,9 @@ def learn_asynchronously(args: Args, run: "Run") -> None:
     (theta,) = optimizer.param_groups[0]["params"]
     if not optimizer.state:
         theta.grad = torch.zeros_like(theta)
-        optimizer.step()  # makes its statistics, which shall be in shared memory, too
+        optimizer.step()  # makes its statistics; whatever tensor a process is given is in shared memory
         for statistic in optimizer.state[theta].values():
             statistic.zero_()
-    for tensor in (theta, *optimizer.state[theta].values(), *agent.buffers(), *return_norm.buffers()):
-        tensor.share_memory_()
     context = multiprocessing.get_context("spawn")
     counter, lock, reports = context.Value("q", run.step), context.Lock(), context.Queue()
     workers = []
