@@ -589,10 +589,10 @@ def train(args: Args) -> dict[str, float]:
     parts = {"agent": agent, "optimizer": optimizer, "return_norm": return_norm}
     with Follower(args, **parts) if rank else Run(args, **parts) as run:
         broadcast(run)
-        if args.asynchronous:
-            learn_asynchronously(args, run)
-        else:
+        if not args.asynchronous:
             learn(args, run, params, Collector(envs, args.gamma, rank * share, args.num_envs))
+        elif run.step < args.total_timesteps:
+            learn_asynchronously(args, run)
         return run.finish()
 
 

@@ -284,6 +284,9 @@ def test_asynchronous_run_is_stopped_and_resumed(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
     assert f"from step {step:,}" in done.stdout
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 6000
+    again = command(*line[1:])  # a finished run has nothing left to do
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
