@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.distributions import Categorical, MultivariateNormal
 
@@ -177,6 +178,26 @@ a2c.Collector.collect = broken
 a2c.train(a2c.Args(run_dir=sys.argv[3], total_timesteps=100_000))
 """
 
+STOPS_RANK_1 = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import a2c
+collect = a2c.Collector.collect
+def struck(self, agent, num_steps, step):
+    if os.environ["RANK"] == "1" and step == int(os.environ["STRIKE"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return collect(self, agent, num_steps, step)
+a2c.Collector.collect = struck
+a2c.train(a2c.tyro.cli(a2c.Args))
+"""
+
+
+def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points that two processes have in common with one: the others are of the clock, or of the first one alone."""
+    found = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = set(found.Tags()["scalars"]) - {"charts/SPS", "losses/explained_variance"}
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+
 
 def command(*words: str, processes: int = 0, timeout: int = 240) -> subprocess.CompletedProcess:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
@@ -186,12 +207,24 @@ def command(*words: str, processes: int = 0, timeout: int = 240) -> subprocess.C
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environ)
 
 
-@pytest.mark.parametrize(("script", "steps"), [("a2c", 3072), ("ppo", 1024)])
-def test_two_processes_with_half_of_the_environments_are_one_with_all(script: str, steps: int, tmp_path: Path):
-    """The same statistics, and the same parameters but for the order of sums. PPO: before its shuffles draw apart."""
+@pytest.mark.parametrize(("script", "steps"), [("a2c", 5120), ("ppo", 1024)])
+def test_two_processes_with_half_of_the_environments_are_one_with_all(
+    script: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same statistics, curves, and, but for the order of sums, parameters. PPO: before its shuffles draw apart.
+
+    A2C: although all episodes restart after the second iteration, and both processes were stopped after the fourth.
+    """
     more = "" if script == "a2c" else "--update-epochs 1 --num-minibatches 1 --no-normalize-advantages"
     line = f"{script}.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --total-timesteps {steps} --eval-episodes 1 "
     line += f"--normalize-obs --normalize-rewards --learning-rate 1e-4 --device cpu {more}"
+    line += " --checkpoint-every 2048 --resume"
+    if script == "a2c":
+        (tmp_path / "driver.py").write_text(STOPS_RANK_1)
+        words = (str(tmp_path / "driver.py"), *line.split()[1:], "--run-dir", str(tmp_path / "two"))
+        monkeypatch.setenv("STRIKE", "3072")
+        assert command(*words, processes=2).returncode != 0
+        assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"] == 4096
     for name, processes in (("one", 0), ("two", 2)):
         done = command(*line.split(), "--run-dir", str(tmp_path / name), processes=processes)
         assert done.returncode == 0, done.stderr
@@ -202,6 +235,18 @@ def test_two_processes_with_half_of_the_environments_are_one_with_all(script: st
         for name, x in one[part].items():
             torch.testing.assert_close(x, two[part][name], rtol=1e-4, atol=1e-5, msg=name)
     assert one["agent"]["obs_norm.count"] == two["agent"]["obs_norm.count"] == steps
+    one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for tag, points in one.items():
+        np.testing.assert_allclose(two[tag], points, rtol=1e-3, atol=1e-3, err_msg=tag)
+
+
+def test_a_signal_to_the_second_process_stops_both_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "driver.py").write_text(STOPS_RANK_1)
+    monkeypatch.setenv("STRIKE", "0")
+    words = str(tmp_path / "driver.py"), "--num-envs", "4", "--num-steps", "256", "--run-dir", str(tmp_path / "run")
+    assert command(*words, "--device", "cpu", "--checkpoint-every", "0", processes=2).returncode != 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1024
 
 
 def test_a_process_that_fails_ends_all(tmp_path: Path):
