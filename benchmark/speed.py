@@ -94,6 +94,7 @@ class Args:
     race: float = (
         0.0  # instead: seconds until an evaluated return of this, ours with its flags of the suite, sb3 with its zoo's
     )
+    first_seed: int = 1  # of --race, one seed a round
     worker: str = ""  # internal: run this contender and print what it measured
     flags: str = "{}"  # internal: flags of ours that replace those of the setting, as JSON
 
@@ -300,7 +301,7 @@ def compare(args: Args) -> dict:
 def race(args: Args) -> dict:
     """Steps and seconds until the first evaluated return of at least the goal; ours and sb3 in turn, a seed a round."""
     table: dict[str, list[dict]] = {"ours": [], "sb3": []}
-    for seed in range(1, args.rounds + 1):
+    for seed in range(args.first_seed, args.first_seed + args.rounds):
         for name, rows in table.items():
             rows.append(measure(args, f"race_{name}", seed=seed))
             print(f"{name} seed {seed}: {rows[-1]}", flush=True)

@@ -965,6 +965,35 @@ def test_on_a_pretended_gpu_the_run_is_the_same_and_waits_rarely(name: str) -> N
 
 
 @every_script
+def test_what_a_cuda_graph_overwrites_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph writes each result into the memory of the one before; this stands for it on a pretended GPU."""
+    options, flags = [], {"env_id": "Toy20-v0"}
+
+    def graph(function: Callable, **given: Any) -> Callable:
+        options.append(given["options"]["triton.cudagraphs"])
+        memory = []
+
+        def replay(*batch: Tensor) -> Any:
+            results, shape = torch.utils._pytree.tree_flatten(function(*batch))
+            if not memory or any(old.shape != new.shape for old, new in zip(memory, results, strict=True)):
+                memory[:] = [result.clone() for result in results]
+            for old, new in zip(memory, results, strict=True):
+                old.copy_(new)
+            return torch.utils._pytree.tree_unflatten(memory, shape)
+
+        return replay
+
+    train(name, "eager", **flags)
+    monkeypatch.setattr(torch, "compile", graph)
+    with pretend_cuda():
+        train(name, "graphs", device="cuda", compile=True, **flags)
+    assert options
+    assert all(options)
+    assert same(state(Path("eager")), state(Path("graphs")))
+    assert curves(Path("eager")) == curves(Path("graphs"))
+
+
+@every_script
 def test_auto_takes_a_gpu_where_there_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_up = importlib.import_module(name).set_up
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
