@@ -32,10 +32,11 @@ RMSprop (or Adam) are shared, too. Who comes first is up to the machine: no two 
 and a resumed run goes on correctly, but not bit for bit.
 
 What departs from the paper, and why: the losses are means over the batch, not sums, so the step does not grow with it;
-actor and critic are two networks, so vf_coef only weighs them in the common clipping; λ can be less than 1;
-observations and rewards can be scaled by running statistics; a time limit bootstraps with V of the true successor; all
-episodes restart after a checkpoint, so that a resumed run is exact; a worker changes θ under a lock, which keeps the
-optimizer's statistics whole (the paper's workers overwrite each other now and then).
+actor and critic are two networks, so vf_coef only weighs them in the common clipping; λ can be less than 1; rewards are
+scaled by default (if V is about 100, its gradient takes nearly all of the norm that both are clipped to, and little is
+left for the policy), and observations can be; a time limit bootstraps with V of the true successor; all episodes restart
+after a checkpoint, so that a resumed run is exact; a worker changes θ under a lock, which keeps the optimizer's
+statistics whole (the paper's workers overwrite each other now and then).
 
 Compare with actor_critic.py, which fits the critic first, and with ppo.py, which takes many steps on each batch and for
 that puts the clipped ratio ρ in the place of log π.
@@ -81,7 +82,7 @@ class Args:
     # Experiment
     env_id: str = "CartPole-v1"  # Gymnasium environment with Box or Discrete observations and actions
     seed: int = 1  # of everything random: networks, actions, environments
-    total_timesteps: int = 100_000  # environment steps over all environments, rounded up to a whole iteration
+    total_timesteps: int = 200_000  # environment steps over all environments, rounded up to a whole iteration
     num_envs: int = 8  # environments that are stepped together, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
@@ -93,20 +94,20 @@ class Args:
     eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
 
     # Algorithm
-    num_steps: int = 5  # steps of each environment in a rollout, T
+    num_steps: int = 16  # steps of each environment in a rollout, T
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop is the paper's
-    learning_rate: float = 7e-4  # the optimizer's step size
+    learning_rate: float = 2e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 1.0  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
-    ent_coef: float = 0.01  # weight of the entropy bonus
+    gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
+    ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
     asynchronous: bool = False  # A3C: workers with environments of their own update the shared parameters in turn
     num_workers: int = 2  # processes of --asynchronous, each with num_envs environments
     normalize_advantages: bool = False  # shift and scale the advantages of each update to mean 0 and deviation 1
     normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
-    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
+    normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
     log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
 
