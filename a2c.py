@@ -33,9 +33,9 @@ and a resumed run goes on correctly, but not bit for bit.
 
 What departs from the paper, and why: the losses are means over the batch, not sums, so the step does not grow with it;
 actor and critic are two networks, so vf_coef only weighs them in the common clipping; λ can be less than 1; rewards are
-scaled by default (if V is about 100, its gradient takes nearly all of the norm that both are clipped to, and little is
-left for the policy), and observations can be; a time limit bootstraps with V of the true successor; all episodes restart
-after a checkpoint, so that a resumed run is exact; a worker changes θ under a lock, which keeps the optimizer's
+scaled by default (if V is about 100, its gradient takes nearly all of the norm that both are clipped to, and leaves
+little for the policy), and observations can be; a time limit bootstraps with V of the true successor; all episodes
+restart after a checkpoint, so that a resumed run is exact; a worker changes θ under a lock, which keeps the optimizer's
 statistics whole (the paper's workers overwrite each other now and then).
 
 Compare with actor_critic.py, which fits the critic first, and with ppo.py, which takes many steps on each batch and for
