@@ -1,0 +1,180 @@
+"""Bias and variance of the policy gradient under each advantage of actor_critic.py, measured on CartPole-v1.
+
+    python -m benchmark.bias_variance
+
+A policy is trained for a while and then held. Each of many rollouts gives one estimate of the gradient for each kind of
+advantage. Their mean is compared with that of Monte Carlo, which no critic biases: a rollout is twice as long as the
+part of it that is weighted, so that its episodes are over before the cut. Squared bias and variance (summed over the
+parameters) are given in units of the squared length of the true gradient, and for two critics: that of the training,
+and one that was fitted to many rollouts of the policy that is held.
+"""
+
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import actor_critic as ac
+
+LOOKAHEADS = (1, 4, 8, 16, 32, 64)
+LAMBDAS = (0.0, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+FLOOR = 1e-4  # a squared bias below this is drawn here: it may be noise
+
+
+@dataclass(frozen=True)
+class Args:
+    """What is measured."""
+
+    env_id: str = "CartPole-v1"  # its episodes must be short under the policy that is held
+    train_steps: int = 8_000  # environment steps of the training before
+    rollouts: int = 1000  # gradient estimates of each kind
+    num_envs: int = 8  # environments of a rollout
+    num_steps: int = 256  # steps of each that are weighted; as many follow
+    fit_steps: int = 2000  # of the second critic
+    gamma: float = 0.99  # discount γ
+    out: str = "benchmark/results/bias_variance"  # .json and .png
+
+
+def gradient(agent: ac.Agent, obs: Tensor, actions: Tensor, advantages: Tensor) -> np.ndarray:
+    """One estimate of ∇J, as a long vector."""
+    loss, _ = ac.actor_loss(agent, obs, actions, advantages, ent_coef=0.0)
+    return -torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(agent.actor.parameters()))]).numpy()
+
+
+def summary(estimates: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Squared bias against the mean of `reference`, and variance, each summed over the parameters; both (K, P).
+
+    ‖mean difference‖² counts its own noise as bias; that much, variance / K, is taken off again.
+    """
+    differences = estimates - reference
+    noise = differences.var(0, ddof=1).sum() / len(differences)
+    return float((differences.mean(0) ** 2).sum() - noise), float(estimates.var(0, ddof=1).sum())
+
+
+
+class Sampler:
+    """Rollouts of the policy that is held, as what the estimators need."""
+
+    def __init__(self, args: Args, agent: ac.Agent, envs: list) -> None:
+        self.agent, self.num_steps, self.collector = agent, args.num_steps, ac.Collector(envs, args.gamma)
+        self.collector.reset(seed=1, iteration=0)
+        self.lengths: list[int] = []
+
+    def __call__(self) -> tuple[Tensor, Tensor, Callable]:
+        """Normalised obs, actions, and arrays(critic): rewards, V(s_t), V(s'_t), terminated and dones."""
+        rollout, ended = self.collector.collect(self.agent, 2 * self.num_steps)
+        self.lengths += [length for _, _, length in ended]
+        ends = rollout.dones.clone()
+        ends[-1] = True
+        obs, last_obs = (self.agent.obs_norm(x) for x in (rollout.obs, rollout.next_obs[ends]))
+
+        def arrays(critic: ac.Critic) -> tuple[Tensor, ...]:
+            values = ac.state_values(critic, obs, last_obs, ends)
+            return rollout.rewards, *values, rollout.terminated, rollout.dones
+
+        return obs, rollout.actions, arrays
+
+
+def fit(critic: ac.Critic, batches: list, args: Args, epochs: int) -> None:
+    """Steps of Adam on the value loss with Monte Carlo returns, on one batch after the other."""
+    optimizer = torch.optim.Adam(critic.parameters(), lr=ac.Args.critic_learning_rate, eps=1e-5)
+    for epoch in range(epochs):
+        obs, _, arrays = batches[epoch % len(batches)]
+        targets = ac.critic_targets(*arrays(critic), gamma=args.gamma, critic_target="monte_carlo")
+        optimizer.zero_grad()
+        ac.value_loss(critic(obs), targets).backward()
+        optimizer.step()
+
+
+def measure(args: Args) -> dict:
+    """(squared bias, variance) of each estimator with each critic, over ‖∇J‖²; and what the policy and critics are."""
+    with tempfile.TemporaryDirectory() as directory:
+        ac.train(ac.Args(env_id=args.env_id, total_timesteps=args.train_steps, run_dir=directory, eval_episodes=0))
+        saved = torch.load(Path(directory, "checkpoint.pt"), weights_only=True)
+    envs = ac.make_envs(args.env_id, args.num_envs)
+    agent = ac.Agent(envs[0], ac.Args.hidden_size, ac.Args.log_std_init)
+    agent.load_state_dict(saved["agent"])
+    sample, poor, good = Sampler(args, agent, envs), agent.critic, deepcopy(agent.critic)
+    fit(good, [sample() for _ in range(20)], args, args.fit_steps)
+    critics = {"as it is in training": poor, "fitted to 20 rollouts": good}
+
+    n_steps = {f"n = {n}": {"advantage": "n_step", "lookahead": n, "gae_lambda": 0.0} for n in LOOKAHEADS}
+    gaes = {f"λ = {x:g}": {"advantage": "gae", "lookahead": 1, "gae_lambda": x} for x in LAMBDAS}
+    estimates = {critic: {name: [] for name in n_steps | gaes} for critic in critics}
+    explained = {critic: [] for critic in critics}
+    for _ in tqdm(range(args.rollouts)):
+        obs, actions, arrays = sample()
+        for critic, network in critics.items():
+            inputs = arrays(network)
+            for name, kind in (n_steps | gaes).items():
+                advantages = ac.advantage_estimates(*inputs, gamma=args.gamma, **kind)
+                part = (x[: args.num_steps] for x in (obs, actions, advantages))
+                estimates[critic][name].append(gradient(agent, *part))
+            returns = ac.critic_targets(*inputs, gamma=args.gamma, critic_target="monte_carlo")
+            values = inputs[1][: args.num_steps]
+            explained[critic].append(float(ac.explained_variance(values, returns[: args.num_steps])))
+
+    truth = np.array(estimates["fitted to 20 rollouts"]["λ = 1"])
+    length = float((truth.mean(0) ** 2).sum() - truth.var(0, ddof=1).sum() / len(truth))  # its noise taken off, too
+    return {
+        "episode_length": float(np.mean(sample.lengths)),
+        "longest_episode": max(sample.lengths),
+        "explained_variance": {critic: float(np.mean(x)) for critic, x in explained.items()},
+        "critics": {
+            critic: {name: [x / length for x in summary(np.array(rows), truth)] for name, rows in table.items()}
+            for critic, table in estimates.items()
+        },
+    }
+
+
+def draw(figures: dict, path: Path, title: str) -> None:
+    """Squared bias over variance, a curve for n and one for λ, a panel for each critic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True, sharey=True)
+    for axis, (critic, table) in zip(axes, figures["critics"].items(), strict=True):
+        for letter, label, style, side in (("n", "n-step", "s--", 1), ("λ", "GAE", "o-", -1)):
+            rows = {name: (variance, max(bias, FLOOR)) for name, (bias, variance) in table.items() if letter in name}
+            axis.plot(*zip(*rows.values(), strict=True), style, label=label)
+            for name, point in rows.items():
+                where = {"xytext": (7 * side, 3 * side), "va": "bottom" if side > 0 else "top"}
+                where |= {"textcoords": "offset points", "ha": "left" if side > 0 else "right", "fontsize": 8}
+                axis.annotate(name, point, **where)
+            axis.plot(*min(rows.values(), key=sum), "ko", markersize=13, fillstyle="none")
+        explained = figures["explained_variance"][critic]
+        axis.set(xscale="log", yscale="log", title=f"critic {critic} (explained variance {explained:.2f})")
+        axis.set(xlabel="variance / ‖∇J‖²", ylabel="squared bias / ‖∇J‖²")
+        axis.minorticks_off()
+        axis.margins(0.15, 0.1)
+        axis.legend(loc="lower left")
+    figure.suptitle(title)
+    plt.savefig(path, dpi=120)
+
+
+def main(args: Args) -> None:
+    """Measures, draws, and writes the figures with the versions."""
+    torch.set_num_threads(1)
+    figures = measure(args)
+    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")} | {"python": platform.python_version()}
+    text = json.dumps({"args": asdict(args), "versions": versions, "figures": figures}, indent=1, ensure_ascii=False)
+    Path(f"{args.out}.json").write_text(text + "\n")
+    title = f"Policy gradient of {args.num_envs * args.num_steps:,} steps of {args.env_id}; ring: least sum of both"
+    draw(figures, Path(f"{args.out}.png"), title)
+    for critic, table in figures["critics"].items():
+        print(f"critic {critic}: explained variance {figures['explained_variance'][critic]:.2f}")
+        for name, (bias, variance) in table.items():
+            print(f"  {name:9s} squared bias {bias:8.4f}, variance {variance:8.4f}, in units of |∇J|²")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
