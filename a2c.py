@@ -457,7 +457,7 @@ def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector
             returns = advantages + values
 
             # 5. one step on the whole batch
-            explained = {"losses/explained_variance": explained_variance(values, returns)}
+            explained = {"losses/explained_variance": explained_variance(gather(values), gather(returns))}
             metrics.append(update(*(x.flatten(0, 1) for x in (obs, actions, advantages, returns))) | explained)
 
             # 6. update the statistics, log, evaluate, save

@@ -469,8 +469,8 @@ def train(args: Args) -> dict[str, float]:
                     next_values = values.roll(-1, 0).masked_scatter(ends, agent.critic(last_obs))
                 advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
                 returns = advantages + values
-                if epoch == 0:
-                    explained = explained_variance(values, returns)  # by a critic that has not seen this batch
+                if epoch == 0:  # by a critic that has not seen this batch
+                    explained = explained_variance(gather(values), gather(returns))
 
                 # 5. one step for each minibatch of the shuffled batch
                 shuffle = torch.randperm(args.num_steps * share).to(device)

@@ -58,6 +58,19 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         },
         "cleanrl": "ppo.py --env-id CartPole-v1",
     },
+    ("a2c", "HalfCheetah-v5"): {
+        "ours": {
+            "num_envs": 8, "num_steps": 5, "learning_rate": 7e-4, "gae_lambda": 1.0, "normalize_obs": True,
+            "normalize_rewards": True,
+        },
+        "sb3": {"num_envs": 8, "normalize": True},  # its defaults are the rest: 5 steps, RMSprop, 7e-4, λ = 1
+    },
+    ("a2c", "CartPole-v1"): {
+        "ours": {
+            "num_envs": 8, "num_steps": 5, "learning_rate": 7e-4, "gae_lambda": 1.0, "normalize_rewards": False,
+        },
+        "sb3": {"num_envs": 8},
+    },
 }  # fmt: skip
 
 # Runs a script of CleanRL, with a stamp wherever it logs its own speed

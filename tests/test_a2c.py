@@ -193,9 +193,9 @@ a2c.train(a2c.tyro.cli(a2c.Args))
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The points that two processes have in common with one: the others are of the clock, or of the first one alone."""
+    """The points that two processes have in common with one: all but those of the clock."""
     found = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = set(found.Tags()["scalars"]) - {"charts/SPS", "losses/explained_variance"}
+    tags = set(found.Tags()["scalars"]) - {"charts/SPS"}
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
