@@ -124,7 +124,7 @@ class Args:
     @property
     def updates_per_iteration(self) -> int:
         """Rollouts, each with its update, between two points in the log: more than one where they are very short."""
-        return max(1, 128 // self.batch_size)
+        return max(1, 512 // self.batch_size)
 
 
 def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
@@ -227,11 +227,11 @@ class RunningNorm(nn.Module):
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
         x = x.double().reshape(-1, *self.mean.shape)
-        delta, total = x.mean(0) - self.mean, self.count + len(x)
-        sum_squares = self.var * self.count + x.var(0, correction=0) * len(x)
-        self.var.copy_((sum_squares + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
-        self.count.copy_(total)
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count.add_(len(x))
+        weight, delta = len(x) / self.count, mean - self.mean
+        self.var.lerp_(var + (1 - weight) * delta**2, weight)
+        self.mean.lerp_(mean, weight)
         self.scale.copy_((self.var + 1e-8).rsqrt())
         self.shift.copy_(-self.mean * self.scale)
         self.limit.fill_(10.0)
@@ -310,23 +310,28 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     return mse_loss(values, returns.detach())
 
 
-def a2c_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, advantages: Tensor, returns: Tensor, *,
-    vf_coef: float, ent_coef: float, normalize_advantages: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """−mean(log π(a|s) A) + vf_coef L_V − ent_coef H, to be minimised, and what to log; A is a constant."""
-    logprobs, entropy = agent.actor(obs, actions)
-    advantages = normalize(advantages) if normalize_advantages else advantages
-    assert logprobs.shape == advantages.shape
-    policy_loss = -(logprobs * advantages.detach()).mean()
-    v_loss, entropy = value_loss(agent.critic(obs), returns), entropy.mean()
-    metrics = {"policy_loss": policy_loss, "value_loss": v_loss, "entropy": entropy}
-    return policy_loss + vf_coef * v_loss - ent_coef * entropy, metrics
-
-
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
     return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+
+
+def a2c_loss(
+    agent: Agent, obs: Tensor, next_obs: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor, dones: Tensor, *,
+    gamma: float, gae_lambda: float, vf_coef: float, ent_coef: float, normalize_advantages: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """−mean(log π(a|s) A) + vf_coef L_V − ent_coef H, to be minimised, and what to log, for a rollout (T, N).
+
+    A and G = A + V(s) come from the critic as it is, and are constants; obs and next_obs are normalised.
+    """
+    (logprobs, entropy), values = agent.actor(obs, actions), agent.critic(obs)
+    with torch.no_grad():
+        advantages = gae(rewards, values, agent.critic(next_obs), terminated, dones, gamma, gae_lambda)
+        returns = advantages + values
+    explained = explained_variance(values.detach(), returns)
+    advantages = normalize(advantages) if normalize_advantages else advantages
+    policy_loss, v_loss, entropy = -(logprobs * advantages).mean(), value_loss(values, returns), entropy.mean()
+    metrics = {"policy_loss": policy_loss, "value_loss": v_loss, "entropy": entropy, "explained_variance": explained}
+    return policy_loss + vf_coef * v_loss - ent_coef * entropy, metrics
 
 
 class Rollout(NamedTuple):
@@ -422,8 +427,11 @@ def broadcast(run: "Run") -> None:
 def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector) -> None:
     """The loop of A2C, and of each worker of A3C; `run` counts the steps and takes what is logged."""
     agent, optimizer, return_norm = run.parts.values()
-    coefs = {"vf_coef": args.vf_coef, "ent_coef": args.ent_coef, "normalize_advantages": args.normalize_advantages}
-    update = make_update(partial(a2c_loss, agent, **coefs), params, optimizer, args.max_grad_norm, args.compile)
+    loss = partial(
+        a2c_loss, agent, gamma=args.gamma, gae_lambda=args.gae_lambda, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
+        normalize_advantages=args.normalize_advantages,
+    )  # fmt: skip
+    update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
     device, steps = params[0].device, args.updates_per_iteration * args.batch_size
     while run.step < args.total_timesteps:
         # 1. anneal the learning rate
@@ -438,27 +446,16 @@ def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector
             rollout, episodes = collector.collect(agent, args.num_steps, run.step + taken)
             ended += [(taken + offset, *episode) for offset, *episode in episodes]
             check_finite(run.step + taken, rollout._asdict())
-            ends = rollout.dones.clone()  # where V(s'_t) is not V(s_{t+1})
-            ends[-1] = True
-            last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))
-            raw_obs, _, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
-            obs, ends = agent.obs_norm(raw_obs), ends.to(device)
+            raw_obs, next_obs, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
 
             # 3. scale the rewards
             if args.normalize_rewards:
                 return_norm.update(gather(discounted_returns))
             rewards = rewards * return_norm.scale
 
-            # 4. advantages and returns
-            with torch.no_grad():
-                values = agent.critic(obs)
-                next_values = values.roll(-1, 0).masked_scatter(ends, agent.critic(last_obs))
-            advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
-            returns = advantages + values
-
-            # 5. one step on the whole batch
-            explained = {"losses/explained_variance": explained_variance(gather(values), gather(returns))}
-            metrics.append(update(*(x.flatten(0, 1) for x in (obs, actions, advantages, returns))) | explained)
+            # 4. and 5. advantages, returns, and one step on the whole batch
+            obs, next_obs = agent.obs_norm(raw_obs), agent.obs_norm(next_obs)
+            metrics.append(update(obs, next_obs, actions, rewards, terminated, dones))
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
