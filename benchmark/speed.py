@@ -3,6 +3,7 @@
     python -m benchmark.speed --script ppo --env-id HalfCheetah-v5
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --growth
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --race 475 --steps 100000
+    python -m benchmark.speed --script a2c --env-id HalfCheetah-v5 --processes --steps 100000
 
 Each contender is a process of its own with one thread; in a round they run one after the other, so that a machine whose
 speed drifts slows all of them. The first iteration (imports, compilation) is left out. Both clocks are reported: wall
@@ -103,10 +104,9 @@ class Args:
     contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which; also cleanrl
     cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
+    processes: bool = False  # instead: one process, two under torchrun, and two workers of --asynchronous
     growth: bool = False  # instead: ours over 1 to 64 environments, widths 64 to 512, and memory over 10M steps
-    race: float = (
-        0.0  # instead: seconds until an evaluated return of this, ours with its flags of the suite, sb3 with its zoo's
-    )
+    race: float = 0.0  # instead: seconds to an evaluated return of this, ours as in the suite, sb3 as in its zoo
     first_seed: int = 1  # of --race, one seed a round
     worker: str = ""  # internal: run this contender and print what it measured
     flags: str = "{}"  # internal: flags of ours that replace those of the setting, as JSON
@@ -323,6 +323,33 @@ def race(args: Args) -> dict:
     return table
 
 
+def spread(args: Args) -> dict:
+    """Steps a second by the script's own wall clock, as it logs them: over processes in place of one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script, words = str(ROOT / f"{args.script}.py"), ["--env-id", args.env_id, "--eval-episodes", "0"]
+    for name, value in (args.setting["ours"] | {"total_timesteps": args.steps, "device": "cpu"}).items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    half = ["--asynchronous", "--num-workers", "2", "--num-envs", str(args.setting["ours"]["num_envs"] // 2)]
+    commands = {
+        "one process": [script, *words],
+        "torchrun, 2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *words],
+        "asynchronous, 2 workers": [script, *words, *half],  # which have half of the environments each
+    }
+    table: dict[str, list[int]] = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, line in commands.items():
+            with tempfile.TemporaryDirectory() as directory:
+                line = [sys.executable, *line, "--run-dir", directory]
+                subprocess.run(line, capture_output=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                events = EventAccumulator(directory).Reload()
+                table[name].append(round(events.Scalars("charts/SPS")[-1].value))
+    for name, speeds in table.items():
+        print(f"{name:24s} {statistics.median(speeds):9,.0f} steps a second ({min(speeds):,} to {max(speeds):,})")
+    return table
+
+
 def grow(args: Args) -> dict:
     """Steps a second over environments and over width (best of the rounds, CPU clock), and memory over steps."""
     ours = args.setting["ours"]
@@ -366,7 +393,8 @@ def main(args: Args) -> None:
     """Measures, prints and, if asked, writes the figures with the versions."""
     if args.worker:
         return work(args)
-    figures = grow(args) if args.growth else race(args) if args.race else compare(args)
+    mode = grow if args.growth else race if args.race else spread if args.processes else compare
+    figures = mode(args)
     if args.out:
         packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
         versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
