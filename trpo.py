@@ -383,8 +383,8 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 @torch.no_grad()
 def line_search(
-    loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], theta: Tensor, step: Tensor, *,
-    max_kl: float, backtrack_coef: float, max_trials: int,
+    loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], theta: Tensor, step: Tensor, max_kl: float, *,
+    backtrack_coef: float, max_trials: int,
 ) -> float:  # fmt: skip
     """θ ← θ + β^k step, k = 0, 1, ... the first for which the loss fell, KL ≤ δ, and all is finite (TRPO appendix C).
 
@@ -399,6 +399,11 @@ def line_search(
             return backtrack_coef**k
     theta.copy_(old_theta)
     return 0.0
+
+
+def dual_ascent(multiplier: Tensor, kl: Tensor, max_kl: float, step_size: float) -> Tensor:
+    """λ ← max(0, λ + step_size (KL − δ)): a step up the dual function, which makes a broken constraint dearer."""
+    return (multiplier + step_size * (kl - max_kl)).clamp(min=0)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -515,8 +520,9 @@ def train(args: Args) -> dict[str, float]:
     theta, dual = flatten(params), nn.Module()
     dual.multiplier = nn.Buffer(torch.ones((), device=device))  # λ of the constraint
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
-    loss = partial(lagrangian_loss, agent, dual.multiplier, ent_coef=args.ent_coef)
-    update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
+    lagrangian = partial(lagrangian_loss, agent, dual.multiplier, ent_coef=args.ent_coef)
+    update = make_update(lagrangian, params, optimizer, args.max_grad_norm, args.compile)
+    search = partial(line_search, backtrack_coef=args.backtrack_coef, max_trials=args.max_trials)
     critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
     fit = make_update(partial(critic_loss, agent), critic_params, critic_optimizer, args.max_grad_norm, args.compile)
     collector = Collector(envs, args.gamma)
@@ -560,27 +566,23 @@ def train(args: Args) -> dict[str, float]:
             surrogate = partial(surrogate_loss, agent, *batch, ent_coef=args.ent_coef)
             old_loss, _ = surrogate()
             policy_grad = -flat_grad(old_loss, params)
-            more = {}
             if args.constraint == "line_search":
                 product = fisher_vector_product(agent.actor, obs, params)
                 step_direction, curvature = natural_gradient(product, policy_grad, args.cg_iterations, args.damping)
                 step_size = kl_step_size(curvature, max_kl)
-                fraction = line_search(
-                    surrogate, theta, step_size * step_direction,
-                    max_kl=max_kl, backtrack_coef=args.backtrack_coef, max_trials=args.max_trials,
-                )  # fmt: skip
+                fraction = search(surrogate, theta, step_size * step_direction, max_kl)
                 step_size = fraction * step_size if fraction else torch.zeros_like(step_size)
-                more = {"accepted_fraction": torch.full_like(curvature, fraction)}
+                metrics = {"accepted_fraction": torch.full_like(step_size, fraction)}
             else:
                 for _ in range(args.update_epochs):
                     update(*batch)
-                step_size = torch.full_like(old_loss, left * args.learning_rate)
+                kl = surrogate()[1]["kl"].detach()
+                dual.multiplier.copy_(dual_ascent(dual.multiplier, kl, max_kl, args.dual_step_size))
+                step_size = torch.full_like(kl, left * args.learning_rate)
+                metrics = {"multiplier": dual.multiplier}
             with torch.no_grad():
-                loss, metrics = surrogate()
-                if args.constraint == "dual":
-                    dual.multiplier.add_(args.dual_step_size * (metrics["kl"] - max_kl)).clamp_(min=0)
-                    more = {"multiplier": dual.multiplier}
-            metrics |= {"grad_norm": policy_grad.norm(), "improvement": old_loss - loss} | more
+                new_loss, after = surrogate()
+            metrics |= after | {"grad_norm": policy_grad.norm(), "improvement": old_loss - new_loss}
 
             # 6. fit the critic
             fits = []
