@@ -587,31 +587,51 @@ def test_the_mean_kl_of_the_dual_settles_at_the_bound(space: gym.Space, max_kl: 
     assert abs(kls[:5].mean() / max_kl - 1) > 0.15  # with λ = 1
 
 
+DUAL_RUN = {
+    "constraint": "dual", "env_id": "trpo/CountingBox-v0", "num_envs": 2, "num_steps": 20, "total_timesteps": 160,
+    "checkpoint_every": 80, "num_minibatches": 2, "eval_episodes": 0, "device": "cpu", "max_kl": 1e-3,
+}  # fmt: skip
+
+
+def same_checkpoints(*runs: Path) -> bool:
+    saved = [torch.load(run / "checkpoint.pt", weights_only=True) for run in runs]
+    for part in ("agent", "optimizer", "dual", "critic_optimizer"):
+        tensors = [[x for x in tree_leaves(each[part]) if isinstance(x, Tensor)] for each in saved]
+        assert len(tensors[0]) >= (1 if part == "dual" else 3)
+        if not all(map(torch.equal, *tensors)):
+            return False
+    return True
+
+
 def test_the_multiplier_and_the_moments_of_the_dual_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run that goes on from the checkpoint of the middle ends with the same bits."""
-    flags = {
-        "constraint": "dual", "env_id": "trpo/CountingBox-v0", "num_envs": 2, "num_steps": 20, "total_timesteps": 160,
-        "checkpoint_every": 80, "num_minibatches": 2, "eval_episodes": 0, "device": "cpu", "max_kl": 1e-3,
-    }  # fmt: skip
-    save, runs = trpo.Run.save, [tmp_path / "whole", tmp_path / "resumed"]
+    save, whole, resumed = trpo.Run.save, tmp_path / "whole", tmp_path / "resumed"
 
     def keep(run: trpo.Run) -> None:
         save(run)
         if run.step == 80:
-            runs[1].mkdir()
-            shutil.copy(run.path, runs[1])
+            resumed.mkdir()
+            shutil.copy(run.path, resumed)
 
     with monkeypatch.context() as patch:
         patch.setattr(trpo.Run, "save", keep)
-        trpo.train(trpo.Args(run_dir=str(runs[0]), **flags))
-    middle = torch.load(runs[1] / "checkpoint.pt", weights_only=True)
-    trpo.train(trpo.Args(run_dir=str(runs[1]), resume=True, **flags))
-    whole, resumed = (torch.load(run / "checkpoint.pt", weights_only=True) for run in runs)
-    assert whole["dual"]["multiplier"] == resumed["dual"]["multiplier"] != middle["dual"]["multiplier"] != 1
-    for part in ("agent", "optimizer", "critic_optimizer"):
-        tensors = [[x for x in tree_leaves(run[part]) if isinstance(x, Tensor)] for run in (whole, resumed)]
-        assert len(tensors[0]) >= 3
-        assert all(map(torch.equal, *tensors))
+        trpo.train(trpo.Args(run_dir=str(whole), **DUAL_RUN))
+    assert not same_checkpoints(whole, resumed)
+    assert torch.load(resumed / "checkpoint.pt", weights_only=True)["dual"]["multiplier"] != 1
+    trpo.train(trpo.Args(run_dir=str(resumed), resume=True, **DUAL_RUN))
+    assert same_checkpoints(whole, resumed)
+
+
+def test_on_a_pretended_gpu_the_dual_is_the_same_and_does_not_wait(tmp_path: Path):
+    waits = []
+    trpo.train(trpo.Args(run_dir=str(tmp_path / "cpu"), **DUAL_RUN))
+    for epochs in (20, 40):
+        with pretend_cuda() as gpu:
+            flags = DUAL_RUN | {"device": "cuda", "update_epochs": epochs}
+            trpo.train(trpo.Args(run_dir=str(tmp_path / f"cuda{epochs}"), **flags))
+        waits.append(len(gpu.waits))
+    assert waits[0] == waits[1]
+    assert same_checkpoints(tmp_path / "cpu", tmp_path / "cuda20")
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
