@@ -19,25 +19,26 @@ from Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         2. run the policy π_old for T steps in each of N environments
         3. scale the rewards by the running deviation of the discounted return
         4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
-        5. maximise L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s), where KL(π_old‖π) ≤ δ = max_kl (eq. 14); with
-             line_search  s = √(2δ / gᵀF⁻¹g) F⁻¹g with g = ∇L at π_old, as in npg.py; θ ← θ + β^k s with the first
-                          k = 0, 1, ... for which L has grown and KL ≤ δ; if there is none, θ stays what it is
-             dual         update_epochs Adam steps on −L + λ (KL − δ); λ ← max(0, λ + dual_step_size (KL − δ))
+        5. maximise L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s), where KL(π_old‖π) ≤ ε = max_kl (eq. 14); with
+             line_search  s = √(2ε / gᵀF⁻¹g) F⁻¹g with g = ∇L at π_old, as in npg.py; θ ← θ + β^k s with the first
+                          k = 0, 1, ... for which L has grown and KL ≤ ε; if there is none, θ stays what it is
+             dual         update_epochs Adam steps on −L + λ (KL − ε); λ ← max(0, λ + dual_step_size (KL − ε))
         6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
         7. update the observation statistics, then log, evaluate and save
 
-J(π) − J(π_old) is the mean of A, under π_old, over what π does (performance-difference lemma). L takes the states of
-π_old, and the ratio gives it the actions of π: to first order it is the same, so KL is held small.
+By the performance-difference lemma J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old. In L the states are
+those of π_old, and ρ corrects the actions alone. That is right to first order: L is trusted where the KL is small.
 
-Where the lecture's slides differ: the step size is √(2δ / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
+Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
 order, one of them lacks the ½; and it is KL(π_old‖π) (TRPO eq. 12), which has the Hessian of their KL(π‖π_old), but not
-its values. Their λ ← λ + α (KL − δ) may become negative, which would reward a large KL.
+its values. Their λ ← λ + α (KL − ε) may become negative, which would reward a large KL.
 
 In the log, losses/kl is the closed form after the step, improvement the growth of L, accepted_fraction β^k, or 0.
+As λ changes by the sum of all KL − ε, the mean KL of `dual` is ε wherever λ comes to rest.
 
 What departs from the paper, and why: damping is added to F, which is nearly singular, and so xᵀF x stands in the step
-size in the place of gᵀF⁻¹g: δ is the KL with any damping. A batch cannot tell that its gradient is mere noise, so steps
-that cost δ would never come to rest: δ falls to 0, its root linearly. The critic is fitted after the policy's step: one
+size in the place of gᵀF⁻¹g: ε is the KL with any damping. A batch cannot tell that its gradient is mere noise, so steps
+that cost ε would never come to rest: ε falls to 0, its root linearly. The critic is fitted after the policy's step: one
 that has seen the rewards already gives advantages that are too small. Advantages are normalised; their scale is of no
 effect on the step. Observations and rewards can be scaled by running statistics; a time limit bootstraps with V of the
 true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
@@ -386,7 +387,7 @@ def line_search(
     loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], theta: Tensor, step: Tensor, max_kl: float, *,
     backtrack_coef: float, max_trials: int,
 ) -> float:  # fmt: skip
-    """θ ← θ + β^k step, k = 0, 1, ... the first for which the loss fell, KL ≤ δ, and all is finite (TRPO appendix C).
+    """θ ← θ + β^k step, k = 0, 1, ... the first for which the loss fell, KL ≤ ε, and all is finite (TRPO appendix C).
 
     If there is none, θ becomes again what it was, bit for bit. Gives β^k, or 0. `loss()` has "kl" among its metrics.
     The host waits once in each trial. A NaN is neither less nor more than anything, so it is never accepted.
@@ -402,7 +403,7 @@ def line_search(
 
 
 def dual_ascent(multiplier: Tensor, kl: Tensor, max_kl: float, step_size: float) -> Tensor:
-    """λ ← max(0, λ + step_size (KL − δ)): a step up the dual function, which makes a broken constraint dearer."""
+    """λ ← max(0, λ + step_size (KL − ε)): a step up the dual function, which makes a broken constraint dearer."""
     return (multiplier + step_size * (kl - max_kl)).clamp(min=0)
 
 
@@ -436,7 +437,7 @@ def surrogate_loss(
 def lagrangian_loss(
     agent: Agent, multiplier: Tensor, *batch: Tensor, ent_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """−L + λ KL for the batch of `surrogate_loss`; −λ δ, which has no gradient, is left out."""
+    """−L + λ KL for the batch of `surrogate_loss`; −λ ε, which has no gradient, is left out."""
     loss, metrics = surrogate_loss(agent, *batch, ent_coef=ent_coef)
     return loss + multiplier * metrics["kl"], metrics
 
