@@ -95,15 +95,15 @@ class Args:
 
     # Algorithm
     num_steps: int = 64  # steps of each environment in a rollout, T
-    constraint: Literal["line_search", "dual"] = "line_search"  # how KL ≤ max_kl is enforced
+    constraint: Literal["line_search", "dual"] = "line_search"  # or update_epochs steps of Adam on a Lagrangian
     max_kl: float = 0.02  # mean KL(π_old‖π) of a step of the policy
-    backtrack_coef: float = 0.8  # β: how much shorter each trial of the line search is than the one before
-    max_trials: int = 10  # trials of the line search, the full step among them
-    learning_rate: float = 3e-3  # the optimizer's step size
-    update_epochs: int = 20  # passes over each batch
-    dual_step_size: float = 20.0  # how fast λ of --constraint dual follows KL - max_kl
     cg_iterations: int = 10  # steps of the conjugate gradient, each with one Fisher-vector product
     damping: float = 0.1  # added to the diagonal of F
+    backtrack_coef: float = 0.8  # β: how much shorter each trial of the line search is than the one before
+    max_trials: int = 10  # trials of the line search, the full step among them
+    dual_step_size: float = 20.0  # how fast λ of --constraint dual follows KL - max_kl
+    update_epochs: int = 20  # passes over each batch
+    learning_rate: float = 3e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
