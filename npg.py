@@ -46,6 +46,9 @@ Compare with actor_critic.py, which takes an Adam step along g, and trpo.py, whi
 
     python npg.py
     python npg.py --step-rule fixed
+    python npg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
+        --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards
+    python npg.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9
 """
 
 import math

@@ -47,6 +47,9 @@ Compare with npg.py, which takes the step without a look, and ppo.py, which clip
 
     python trpo.py
     python trpo.py --constraint dual
+    python trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
+        --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards
+    python trpo.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9
 """
 
 import math
