@@ -104,9 +104,9 @@ class Args:
     damping: float = 0.1  # added to the diagonal of F
     backtrack_coef: float = 0.8  # β: how much shorter each trial of the line search is than the one before
     max_trials: int = 10  # trials of the line search, the full step among them
-    dual_step_size: float = 20.0  # how fast λ of --constraint dual follows KL - max_kl
+    dual_step_size: float = 5.0  # how fast λ of --constraint dual follows KL - max_kl
     update_epochs: int = 20  # passes over each batch
-    learning_rate: float = 3e-3  # the optimizer's step size
+    learning_rate: float = 1e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
