@@ -97,7 +97,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
-    critic_epochs: int = 10  # steps of the regression of V on each batch
+    critic_epochs: int = 10  # passes over each batch in the regression of V
     critic_target: Literal["monte_carlo", "bootstrap"] = "monte_carlo"  # V learns the sum of rewards, or r + γ V(s')
     advantage: Literal["td", "n_step", "monte_carlo", "gae"] = "gae"  # rewards before V: one, n, all, a mixture
     lookahead: int = 5  # n of the n-step advantage

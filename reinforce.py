@@ -108,7 +108,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
-    critic_epochs: int = 20  # steps of the regression of V on each batch
+    critic_epochs: int = 20  # passes over each batch in the regression of V
     normalize_advantages: bool = False  # shift and scale the advantages of each update to mean 0 and deviation 1
     normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
     hidden_size: int = 64  # width of the two hidden layers of each network

@@ -68,6 +68,14 @@ SCRIPTS = {
     "a2c": Script(
         {"num_steps": 64}, {"num_steps": 128}, (), {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},
         {"asynchronous": True, "device": "cuda"}),
+    "npg": Script(
+        {"num_steps": 64, "critic_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
+        ("critic_epochs", "num_minibatches", "cg_iterations"), {"losses/q_loss", "losses/clipfrac"},
+        {"num_minibatches": 7}),
+    "trpo": Script(
+        {"num_steps": 64, "critic_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
+        ("critic_epochs", "num_minibatches", "cg_iterations"), {"losses/q_loss", "losses/clipfrac"},
+        {"backtrack_coef": 1.5}),
     "actor_critic": Script(
         {"num_steps": 64, "critic_epochs": 2}, {"num_steps": 128}, ("critic_epochs",),
         {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},  # one step a rollout: no ratio without a second pass
@@ -89,13 +97,17 @@ OTHER = {
     "clip_coef": 1e-4, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "hidden_size": 8,
     "log_std_init": -1.0, "critic_learning_rate": 1e-4, "critic_epochs": 3, "demonstrations": "demonstrations.npz",
     "cloning_steps": 3, "lookahead": 2, "trace_decay": 0.5, "num_workers": 1,
+    "max_kl": 1e-4, "step_size": 0.3, "cg_iterations": 3, "damping": 1e-3, "backtrack_coef": 0.3, "max_trials": 1,
+    "dual_step_size": 3.0,
 }  # fmt: skip
 # What is set as well where a flag is tried, so that it has an effect, or does not take long
 NEEDS = {
     "cloning_steps": {"demonstrations": "demonstrations.npz"}, "compile": {"env_id": "Toy20-v0"},
     "num_threads": {"total_timesteps": 16}, "lookahead": {"advantage": "n_step"}, "vf_coef": {"shared_network": True},
     "trace_decay": {"num_envs": 1, "num_steps": 1}, "asynchronous": {"env_id": "CartPole-v1"},
-    "num_workers": {"env_id": "CartPole-v1", "asynchronous": True},
+    "num_workers": {"env_id": "CartPole-v1", "asynchronous": True}, "step_size": {"step_rule": "fixed"},
+    "backtrack_coef": {"max_kl": 10.0}, "max_trials": {"max_kl": 10.0}, "dual_step_size": {"constraint": "dual"},
+    "learning_rate": {"constraint": "dual"}, "update_epochs": {"constraint": "dual"},
 }  # fmt: skip
 NEUTRAL = {"compile", "run_dir", "resume", "eval_every", "eval_episodes"}  # of no effect
 ZERO_IS_OFF = {"seed", "checkpoint_every", "eval_every", "eval_episodes"}
@@ -743,7 +755,7 @@ def test_a_script_runs_alone_in_an_empty_folder(name: str) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     result = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert sorted(os.listdir()) == [f"{name}.py", "runs"]
+    assert set(os.listdir()) == {f"{name}.py", "runs"}
     (run,) = Path("runs", "CartPole-v1", name).iterdir()
     assert re.fullmatch(r"seed3__\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     names = sorted(path.name for path in run.iterdir())
