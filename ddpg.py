@@ -11,8 +11,37 @@
 # ///
 """DDPG: a deterministic policy that climbs the slope of Q(s, a) in the action; noise explores around it.
 
-Silver et al. 2014, "Deterministic Policy Gradient Algorithms"; Lillicrap et al. 2016, "Continuous Control with Deep
-Reinforcement Learning" (arXiv 1509.02971), algorithm 1.
+Silver et al. 2014, "Deterministic Policy Gradient Algorithms" (theorem 1, eq. 16 to 18); Lillicrap et al. 2016,
+"Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971), algorithm 1.
+
+    for each step of N environments:
+        1. take a = μ(s) + noise, cut off at the bounds, and store (s, a, r, s', terminated) in the replay buffer; the
+           first learning_starts actions are uniform instead
+        num_updates times, once learning_starts transitions are stored:
+            2. draw a batch from the buffer
+            3. critic: one Adam step on mean (Q(s, a) − y)²,  y = r + γ Q'(s', μ'(s'))  (DDPG eq. 4 and 5)
+            4. actor: one Adam step on −mean Q(s, μ_θ(s)), along mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s)  (DDPG eq. 6)
+            5. the targets Q' and μ' follow: φ' ← φ' + τ (φ − φ'), θ' ← θ' + τ (θ − θ')
+    every log_interval steps: log, evaluate and save
+
+If s' terminates the task, it is worth 0; a time limit is no such end. An update comes after each step of all N
+environments, so with num_updates = N there is one for each transition.
+
+Actions are in units in which finite bounds of a Box are ±1, for the policy, for Q, in the buffer and for the noise;
+tanh keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
+Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
+
+What departs from the papers, and why: Q sees the action in its first layer, not the second, and there is neither
+weight decay nor batch normalisation, as in all later implementations; white noise is the default, which Fujimoto et
+al. 2018 found to do as well; observations and rewards can be scaled by running statistics; all episodes restart after
+a checkpoint, so that a resumed run is exact; the buffer is a part of it.
+
+Compare with off_policy_ac.py: a stochastic policy, whose own noise explores; its `reparameterized` is step 4 with
+noise.
+
+    python ddpg.py
+    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --hidden-size 256 --batch-size 256 --tau 0.005 \
+        --learning-starts 10000 --no-anneal-lr --no-normalize-rewards --compile
 """
 
 import math
@@ -63,9 +92,9 @@ class Args:
     # Algorithm
     log_interval: int = 200  # environment steps in an iteration, which ends with one point of each curve
     learning_starts: int = 1_000  # transitions in the replay buffer before the first update
-    num_updates: int = 1  # updates after each step of all environments; N is one for each transition
+    num_updates: int = 1  # updates after each step of all environments
     batch_size: int = 128  # transitions in the batch of an update
-    buffer_size: int = 1_000_000  # transitions that are kept, in 4 (2 obs_dim + action_dim + 3) bytes each
+    buffer_size: int = 1_000_000  # transitions that are kept, 4 bytes a number: a million of HalfCheetah-v5 are 0.17 GB
     learning_rate: float = 1e-3  # the optimizer's step size
     q_learning_rate: float = 1e-3  # Adam's step size for Q
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
@@ -327,8 +356,9 @@ def train(args: Args) -> dict[str, float]:
     """Runs DDPG; gives the last value of each metric, the final evaluation among them."""
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    if not isinstance(envs[0].action_space, spaces.Box):
-        fail(f"{args.env_id} has actions {envs[0].action_space}; Box is supported here; for Discrete, see off_policy_ac.py")
+    space = envs[0].action_space
+    if not isinstance(space, spaces.Box):
+        fail(f"{args.env_id} has actions {space}; Box of floats is supported here, Discrete in off_policy_ac.py")
     agent = DDPGAgent(envs[0], args.hidden_size).to(device)
     obs_dim, action_dim = len(agent.obs_norm.mean), agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0), device)

@@ -9,24 +9,52 @@
 #   "tensorboard==2.21.0",
 # ]
 # ///
-"""Off-policy actor-critic: all transitions are kept and learnt from again and again; Q(s, a) judges the present policy.
+"""Off-policy actor-critic: transitions of all earlier policies are learnt from many times, with the help of Q(s, a).
 
-Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839); replay and target network from Lillicrap et
-al. 2016, "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971).
+Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), theorem 1 and eq. 5; replay buffer and
+target network as in Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971).
 
     for each step of N environments:
-        1. take a ~ π(·|s) and store (s, a, r, s', terminated, log π(a|s)) in the replay buffer
-        after learning_starts transitions, num_updates times:
-            2. draw a batch from the buffer, uniformly
-            3. critic: one Adam step on mean (Q(s, a) − y)², y = r + γ (1 − terminated) E_{a' ~ π(·|s')} Q'(s', a')
-            4. actor: one Adam step on −ent_coef H plus (actor_update)
-                 resample         −mean log π(a^π|s) (Q(s, a^π) − baseline) with fresh a^π ~ π(·|s); for discrete
-                                  actions the exact expectation, −mean Σ_a π(a|s) Q(s, a)
-                 reparameterized  −mean Q(s, a_θ(s, ε)): the gradient of Q in the action; Box actions alone
-                 importance       −mean π(a|s) / β(a|s) (Q(s, a) − E_π Q(s, ·)) with the stored a, which was taken by
-                                  an older policy β (Degris et al., eq. 5 and theorem 1)
-            5. the target network Q' follows: φ' ← φ' + τ (φ − φ')
+        1. take a ~ π(·|s), and store (s, a, r, s', terminated, log π(a|s)) in the replay buffer
+        num_updates times, once learning_starts transitions are stored:
+            2. draw a batch from the buffer
+            3. critic: one Adam step on mean (Q(s, a) − y)²,  y = r + γ E_{a' ~ π(·|s')} Q'(s', a')
+            4. actor: one Adam step on −ent_coef H plus, as actor_update says,
+                 resample         −mean log π(a|s) (Q(s, a) − b), with fresh a ~ π(·|s) in place of the stored one
+                 reparameterized  −mean Q(s, a), with fresh a = tanh(μ_θ(s) + σ_θ(s) ε): the gradient goes through Q
+                 importance       −mean π(a|s) / β(a|s) (Q(s, a) − E_π Q(s, ·)), with the stored a; β is the policy
+                                  that took it
+            5. Q', the target, follows Q: φ' ← φ' + τ (φ − φ')
     every log_interval steps: log, evaluate and save
+
+If s' terminates the task, it is worth 0; a time limit is no such end. π is always the present policy. Discrete
+actions need no draws: the expectations in y, in H and in `resample` are sums over all actions. For a Box they are
+means over num_samples draws (each compared, in `resample`, with the mean of the others).
+
+The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in the actor's step, is wrong twice. The
+stored r and s' belong to β's action: V becomes the value of a policy that goes on with the mixture β of all earlier
+ones. And ∇ log π(a|s) A(s, a) with a ~ β is not a policy gradient: it favours what β did often, by the factor β/π. Q
+puts the first right, since it is told the action and chooses a' itself; a fresh action, or the weight π/β, the
+second. What remains, and is accepted: the states are those of the earlier policies, not those of π.
+
+The Gaussian of the siblings, with one σ for all states, is cut off at the bounds of a Box, where the cut hides from
+Q's gradient what the action is. Here tanh keeps actions inside, and σ depends on s, since a bonus for entropy must be
+able to leave σ where it does no harm. The buffer holds u, a = tanh(u): the slope of tanh cancels in π/β, and no
+inverse of tanh is needed, which has none left where float32 rounds tanh(u) to 1. As the first policy is nearly
+uniform, there is no other phase of random actions.
+
+What departs from Degris et al., and why: they learn V with gradient-TD and eligibility traces, which keeps linear
+critics from diverging; a target network does that for Q here, in the lecture's way. Observations and rewards are
+scaled by running statistics: where Q is near 100 for all actions, as on CartPole, and they differ by 1, a policy is
+deterministic before Q can tell them apart (64 units then hold 100 to 300; 500 with scaling). All episodes restart
+after a checkpoint, so that a resumed run is exact; the buffer is a part of it.
+
+Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
+
+    python off_policy_ac.py
+    python off_policy_ac.py --env-id HalfCheetah-v5 --num-envs 1 --actor-update reparameterized --num-samples 1 \
+        --tau 0.005 --hidden-size 256 --batch-size 256 --learning-starts 10000 --ent-coef 0.1 --no-anneal-lr \
+        --no-normalize-rewards
 """
 
 import math
@@ -77,9 +105,9 @@ class Args:
     # Algorithm
     log_interval: int = 200  # environment steps in an iteration, which ends with one point of each curve
     learning_starts: int = 1_000  # transitions in the replay buffer before the first update
-    num_updates: int = 1  # updates after each step of all environments; N is one for each transition
+    num_updates: int = 1  # updates after each step of all environments
     batch_size: int = 128  # transitions in the batch of an update
-    buffer_size: int = 1_000_000  # transitions that are kept, in 4 (2 obs_dim + action_dim + 3) bytes each
+    buffer_size: int = 1_000_000  # transitions that are kept, 4 bytes a number: a million of HalfCheetah-v5 are 0.17 GB
     learning_rate: float = 1e-3  # the optimizer's step size
     q_learning_rate: float = 1e-3  # Adam's step size for Q
     anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
