@@ -112,6 +112,8 @@ class Args:
         for name in ("tau", "noise_correlation"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at most 1, not {getattr(self, name)}")
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"--buffer-size {self.buffer_size} does not hold one step of all environments")
 
 
 def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:

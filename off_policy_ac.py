@@ -127,6 +127,8 @@ class Args:
         check_flags(self)
         if self.tau > 1:
             raise ValueError(f"--tau must be at most 1, not {self.tau}")
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"--buffer-size {self.buffer_size} does not hold one step of all environments")
 
 
 def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
