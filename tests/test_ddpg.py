@@ -380,6 +380,8 @@ def test_actions_are_uniform_at_first_then_the_policy_with_noise(correlation: fl
             mean = agent.actor.net(agent.obs_norm(obs.double())).tanh()
             close(actions, (mean + noise.given[-1]).clamp(-1, 1), 1e-5)
         previous, dones = noise.given[-1], new.dones
+    draws = torch.stack([noise.given[2] for noise in noises]).flatten(1)  # each environment and dimension has its own
+    assert (torch.corrcoef(draws.T) - torch.eye(8)).abs().max() < 0.35
     uniform = torch.cat(uniform).numpy()
     assert len(uniform) == 400
     for d in range(2):

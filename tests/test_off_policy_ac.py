@@ -787,6 +787,7 @@ def test_learns_a_continuous_action(actor_update: str, broken: bool, monkeypatch
     assert (value > -0.05) == (not broken)
 
 
+@pytest.mark.slow
 def test_learns_cartpole(tmp_path: Path):
-    args = off_policy_ac.Args(total_timesteps=10_000, device="cpu", eval_episodes=10, run_dir=str(tmp_path / "run"))
-    assert off_policy_ac.train(args)["eval/episodic_return"] > 100  # at random 20, with a wrong sign 9
+    args = off_policy_ac.Args(total_timesteps=50_000, device="cpu", eval_episodes=10, run_dir=str(tmp_path / "run"))
+    assert off_policy_ac.train(args)["eval/episodic_return"] > 400  # at random 20, with a wrong sign 9
