@@ -11,7 +11,7 @@
 # ///
 """Off-policy actor-critic: transitions of all earlier policies are learnt from many times, with the help of Q(s, a).
 
-Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), theorem 1 and eq. 5; replay buffer and
+Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), its policy-gradient theorem; replay buffer and
 target network as in Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971).
 
     for each step of N environments:
@@ -343,15 +343,15 @@ def score_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
 
 
 def importance_loss(logratio: Tensor, advantages: Tensor, importance_clip: float) -> Tensor:
-    """−mean ρ A, ρ = π(a|s) / β(a|s) = exp(logratio), (B,): its gradient is −mean ρ ∇ log π(a|s) A (Degris eq. 5).
+    """−mean ρ A, ρ = π(a|s) / β(a|s) = exp(logratio), (B,): minus its gradient is mean ρ ∇ log π(a|s) A.
 
-    Weights above the clip lose their excess, but keep their gradient's direction.
+    With a ~ β and s from β's states that estimates the gradient of Degris et al. A weight above the clip is lowered to
+    it by a constant factor, so it still has a gradient (unlike that of ppo.py, which stops there).
     """
     assert logratio.shape == advantages.shape
-    ratio = logratio.exp()
     if importance_clip:
-        ratio = ratio * (importance_clip / ratio.detach()).clamp(max=1.0)
-    return -(ratio * advantages.detach()).mean()
+        logratio = logratio - (logratio.detach() - math.log(importance_clip)).clamp(min=0)
+    return -(logratio.exp() * advantages.detach()).mean()
 
 
 def expected_values(agent: OffPolicyAgent, critic: nn.Module, obs: Tensor, noise: Tensor) -> Tensor:

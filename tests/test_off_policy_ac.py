@@ -112,7 +112,7 @@ def formula(weights: Tensor, occupancy: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("actor_update", ["resample", "importance"])
 def test_the_expected_step_is_the_off_policy_gradient(actor_update: str):
-    """Σ_t Σ_s d^β_t(s) Σ_a ∇π(a|s) Q(s, a), Degris et al.'s theorem 1, for the true Q^π and for a critic that errs."""
+    """Σ_t Σ_s d^β_t(s) Σ_a ∇π(a|s) Q(s, a), Degris et al.'s theorem, for the true Q^π and for a critic that errs."""
     for q_values in (TRUE_Q, OTHER_Q):
         gradient = expected_gradient(tabular_agent(with_horizon(q_values)), BETA, actor_update=actor_update)
         close(gradient, formula(q_values, TIMED.occupancy(BETA)))
