@@ -11,7 +11,7 @@
 # ///
 """Off-policy actor-critic: transitions of all earlier policies are learnt from many times, with the help of Q(s, a).
 
-Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), its policy-gradient theorem; replay buffer and
+Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), theorem and algorithm; replay buffer and
 target network as in Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971).
 
     for each step of N environments:
