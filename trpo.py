@@ -234,11 +234,11 @@ class RunningNorm(nn.Module):
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
         x = x.double().reshape(-1, *self.mean.shape)
-        delta, total = x.mean(0) - self.mean, self.count + len(x)
-        sum_squares = self.var * self.count + x.var(0, correction=0) * len(x)
-        self.var.copy_((sum_squares + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
-        self.count.copy_(total)
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count.add_(len(x))
+        weight, delta = len(x) / self.count, mean - self.mean
+        self.var.lerp_(var + (1 - weight) * delta**2, weight)
+        self.mean.lerp_(mean, weight)
         self.scale.copy_((self.var + 1e-8).rsqrt())
         self.shift.copy_(-self.mean * self.scale)
         self.limit.fill_(10.0)

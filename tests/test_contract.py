@@ -58,8 +58,11 @@ class Script(NamedTuple):
     lacks: set[str]  # tags of TAGS that its method has no use for
     bad: dict[str, Any]  # flags that exclude each other
     waits_per_step: int = 0  # how often the host waits for the device in one step of all environments
+    noise: str = "GaussianActor.noise"  # where the noise of continuous actions comes from
+    second_env: str = "CartPole-v1"  # an environment that is not the tests' own
 
 
+OF_V = {"losses/value_loss", "losses/explained_variance", "losses/approx_kl", "losses/clipfrac"}  # or of a ratio
 # The tests' own environments, registered below, take part: a later script needs one more line here
 SCRIPTS = {
     "ppo": Script(
@@ -83,6 +86,14 @@ SCRIPTS = {
     "reinforce": Script(
         {"update_epochs": 2, "critic_epochs": 2, "cloning_steps": 2}, {"env_id": "Toy40-v0"},
         ("update_epochs", "critic_epochs"), {"losses/q_loss", "losses/clipfrac"}, {"num_envs": 1, "baseline": "time"}),
+    "off_policy_ac": Script(
+        {"log_interval": 128, "learning_starts": 16, "batch_size": 32}, {"log_interval": 256},
+        ("batch_size", "num_updates"), OF_V, {"env_id": "CartPole-v1", "actor_update": "reparameterized"},
+        waits_per_step=1, noise="SquashedGaussianActor.noise"),
+    "ddpg": Script(
+        {"log_interval": 128, "learning_starts": 16, "batch_size": 32}, {"log_interval": 256},
+        ("batch_size", "num_updates"), OF_V | {"losses/entropy"}, {"env_id": "CartPole-v1"},
+        waits_per_step=1, noise="next_noise", second_env="InvertedPendulum-v5"),
 }  # fmt: skip
 TAGS = {
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate", "losses/policy_loss",
@@ -96,9 +107,11 @@ OTHER = {
     "learning_rate": 1e-4, "gamma": 0.5, "gae_lambda": 0.3, "update_epochs": 3, "num_minibatches": 4,
     "clip_coef": 1e-4, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "hidden_size": 8,
     "log_std_init": -1.0, "critic_learning_rate": 1e-4, "critic_epochs": 3, "demonstrations": "demonstrations.npz",
-    "cloning_steps": 3, "lookahead": 2, "trace_decay": 0.5, "num_workers": 1,
-    "max_kl": 1e-4, "step_size": 0.3, "cg_iterations": 3, "damping": 1e-3, "backtrack_coef": 0.3, "max_trials": 1,
-    "dual_step_size": 3.0,
+    "cloning_steps": 3, "lookahead": 2, "trace_decay": 0.5, "num_workers": 1, "max_kl": 1e-4, "step_size": 0.3,
+    "cg_iterations": 3, "damping": 1e-3, "backtrack_coef": 0.3, "max_trials": 1, "dual_step_size": 3.0,
+    "log_interval": 100, "learning_starts": 50, "num_updates": 2, "batch_size": 16, "buffer_size": 60,
+    "q_learning_rate": 1e-4, "tau": 0.5, "num_samples": 2, "importance_clip": 0.5, "exploration_noise": 0.5,
+    "noise_correlation": 0.5,
 }  # fmt: skip
 # What is set as well where a flag is tried, so that it has an effect, or does not take long
 NEEDS = {
@@ -108,6 +121,7 @@ NEEDS = {
     "num_workers": {"env_id": "CartPole-v1", "asynchronous": True}, "step_size": {"step_rule": "fixed"},
     "backtrack_coef": {"max_kl": 10.0}, "max_trials": {"max_kl": 10.0}, "dual_step_size": {"constraint": "dual"},
     "learning_rate": {"constraint": "dual"}, "update_epochs": {"constraint": "dual"},
+    "importance_clip": {"actor_update": "importance"},
 }  # fmt: skip
 NEUTRAL = {"compile", "run_dir", "resume", "eval_every", "eval_episodes"}  # of no effect
 ZERO_IS_OFF = {"seed", "checkpoint_every", "eval_every", "eval_episodes"}
@@ -370,6 +384,7 @@ KILLS = (("fsync", 1), ("step", 100), ("save", 2), ("replaced", 1), ("replace", 
 @every_script
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_killed_and_resumed_runs_equal_undisturbed_ones(name: str, env_id: str, tmp_path: Path) -> None:
+    env_id = SCRIPTS[name].second_env if env_id == "CartPole-v1" else env_id
     flags = {"env_id": env_id, "total_timesteps": 2400, "checkpoint_every": 700, "eval_every": 500, "eval_episodes": 1}
     flags |= {"run_dir": "run", "resume": True} | (normalizing(name) if env_id == "Pendulum-v1" else {})
     for folder in ("whole", "killed"):
@@ -448,6 +463,9 @@ def other_values(name: str) -> dict[str, list]:
     """For each flag the values that the runs of these tests do not have: all of a switch or choice, else one."""
     found = {}
     for field in fields(importlib.import_module(name).Args):
+        if field.name == "env_id":
+            found[field.name] = [SCRIPTS[name].second_env]
+            continue
         others = [not field.default] if field.type is bool else [x for x in get_args(field.type) if x != field.default]
         found[field.name] = others or [OTHER[field.name]]
     return found
@@ -574,6 +592,10 @@ def test_impossible_numbers_are_refused(name: str) -> None:
 @every_script
 @pytest.mark.parametrize("env_id", SUPPORTED)
 def test_supported_spaces_run(name: str, env_id: str) -> None:
+    if SCRIPTS[name].second_env != "CartPole-v1" and isinstance(SUPPORTED[env_id][1], spaces.Discrete):
+        refused(name, "Discrete", "off_policy_ac.py", **flags_of(name, env_id=env_id, run_dir="run"))
+        assert os.listdir() == []
+        return
     train(name, "run", env_id=env_id, total_timesteps=64, eval_episodes=2)
     assert math.isfinite(curves(Path("run"))["eval/episodic_return"][-1][1])
 
@@ -585,7 +607,10 @@ def test_supported_spaces_run(name: str, env_id: str) -> None:
 @pytest.mark.parametrize("flaw", ["obs", "rewards", "actions", "loss", "agent"])
 def test_not_finite_ends_the_run(name: str, flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     module, Toy.flaw = importlib.import_module(name), flaw
-    noise, make_update, kept = module.GaussianActor.noise, module.make_update, []
+    make_update, kept = module.make_update, []
+    *owner, attribute = SCRIPTS[name].noise.split(".")
+    owner = getattr(module, *owner) if owner else module
+    noise = getattr(owner, attribute)
 
     def spoiled(x: Any) -> Any:
         return x * math.nan if Toy.steps >= Toy.flaw_at else x
@@ -604,7 +629,7 @@ def test_not_finite_ends_the_run(name: str, flaw: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "replace", replace)
     if flaw == "actions":
-        monkeypatch.setattr(module.GaussianActor, "noise", lambda *args: spoiled(noise(*args)))
+        monkeypatch.setattr(owner, attribute, lambda *args: spoiled(noise(*args)))
     if flaw == "loss":
         monkeypatch.setattr(module, "make_update", bad_update)
     if flaw == "agent":
@@ -749,14 +774,15 @@ def test_checkpoint_is_plain(name: str, finished: Callable) -> None:
 @every_script
 def test_a_script_runs_alone_in_an_empty_folder(name: str) -> None:
     shutil.copy(ROOT / f"{name}.py", ".")
-    flags = {"env_id": "CartPole-v1", "total_timesteps": 600, "eval_every": 200, "eval_episodes": 2, "seed": 3}
+    env_id = SCRIPTS[name].second_env
+    flags = {"env_id": env_id, "total_timesteps": 600, "eval_every": 200, "eval_episodes": 2, "seed": 3}
     flags = flags_of(name, **flags)
     command = [sys.executable, "-W", "error", f"{name}.py", *words(flags)]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     result = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert set(os.listdir()) == {f"{name}.py", "runs"}
-    (run,) = Path("runs", "CartPole-v1", name).iterdir()
+    (run,) = Path("runs", env_id, name).iterdir()
     assert re.fullmatch(r"seed3__\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     names = sorted(path.name for path in run.iterdir())
     assert len(names) == 2
@@ -843,6 +869,7 @@ def test_every_flag_runs_and_has_its_effect(name: str, monkeypatch: pytest.Monke
     assert same(base, result())  # the same seed, the same run
     for field in fields(importlib.import_module(name).Args):
         others = {not field.default} if field.type is bool else set(get_args(field.type)) - {field.default}
+        others = {SCRIPTS[name].second_env} if field.name == "env_id" else others
         for value in others or {OTHER[field.name]}:
             assert value != flags_of(name).get(field.name, field.default) or field.name == "run_dir"
             needs = needs_of(name, field.name)
