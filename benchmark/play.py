@@ -38,8 +38,9 @@ def load(run_dir: str) -> tuple[Any, Any, Any]:
         sys.exit(f"play: {path} does not exist")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(saved["script"])
-    args, (env, *names) = script.Args(**saved["args"]), inspect.signature(script.Agent).parameters
-    agent = script.Agent(**{env: script.make_envs(args.env_id, 1)[0]}, **{name: getattr(args, name) for name in names})
+    (kind,) = (x for name, x in vars(script).items() if name.endswith("Agent"))  # Agent, or one of its own
+    args, (env, *names) = script.Args(**saved["args"]), inspect.signature(kind).parameters
+    agent = kind(**{env: script.make_envs(args.env_id, 1)[0]}, **{name: getattr(args, name) for name in names})
     agent.load_state_dict(saved["agent"])
     return script, args, agent
 

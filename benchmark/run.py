@@ -36,27 +36,36 @@ class Args:
     dry_run: bool = False  # print the commands only
 
 
+# What explains a return, where a script logs it
+DIAGNOSTICS = ("approx_kl", "kl", "accepted_fraction", "multiplier", "entropy", "explained_variance", "grad_norm")
+
+
+def binned(points: list, end: int) -> dict[int, float]:
+    """The mean of a curve in each hundredth of the steps, under the step where that ends; empty ones are left out."""
+    bins: dict[int, list[float]] = {}
+    for point in points:
+        bins.setdefault(min(99, int(100 * point.step / end)), []).append(point.value)
+    return {round((k + 1) * end / 100): float(f"{sum(v) / len(v):.4g}") for k, v in sorted(bins.items())}
+
+
 def result_of(directory: Path, command: list[str], seconds: float) -> dict:
-    """The final evaluation, the evaluations on the way, the training curve in 100 bins, versions and seconds."""
+    """The final evaluation, the evaluations on the way, the curves in 100 bins, versions and seconds."""
     import torch  # only for its weights_only loader
 
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()
-    versions = torch.load(directory / "checkpoint.pt", weights_only=True)["versions"]
+    saved = torch.load(directory / "checkpoint.pt", weights_only=True)
     evaluations = {event.step: round(event.value, 3) for event in events.Scalars("eval/episodic_return")}
-    episodes = events.Scalars("charts/episodic_return")
-    width = max(event.step for event in episodes) / 100
-    bins: dict[int, list[float]] = {}
-    for event in episodes:
-        bins.setdefault(min(99, int(event.step / width)), []).append(event.value)
+    tags = [f"losses/{name}" for name in DIAGNOSTICS if f"losses/{name}" in events.Tags()["scalars"]]
     return {
         "command": shlex.join(["python", *command]),
-        "versions": versions | {"python": platform.python_version()},
+        "versions": saved["versions"] | {"python": platform.python_version()},
         "seconds": round(seconds, 1),
         "steps_per_second": round(events.Scalars("charts/SPS")[-1].value),
         "final_return": list(evaluations.values())[-1],
         "max_return": max(evaluations.values()),
         "evaluations": evaluations,
-        "training_returns": {round((k + 1) * width): round(sum(v) / len(v), 2) for k, v in sorted(bins.items())},
+        "training_returns": binned(events.Scalars("charts/episodic_return"), saved["step"]),
+        "diagnostics": {tag: binned(events.Scalars(tag), saved["step"]) for tag in tags},
     }
 
 

@@ -72,6 +72,23 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         },
         "sb3": {"num_envs": 8},
     },
+    ("trpo", "HalfCheetah-v5"): {
+        "ours": {
+            "num_envs": 1, "num_steps": 2048, "num_minibatches": 16, "critic_epochs": 10, "critic_learning_rate": 1e-3,
+            "cg_iterations": 15, "damping": 0.1, "max_kl": 0.01, "normalize_obs": True, "normalize_rewards": True,
+        },
+        "sb3": {"num_envs": 1, "normalize": True},  # its defaults are the same
+    },
+    ("ddpg", "HalfCheetah-v5"): {
+        "ours": {
+            "hidden_size": 256, "batch_size": 256, "tau": 0.005, "learning_starts": 1000, "normalize_obs": False,
+            "normalize_rewards": False,
+        },
+        "sb3": {
+            "num_envs": 1, "learning_starts": 1000, "tau": 0.005, "batch_size": 256, "learning_rate": 1e-3,
+            "policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1,
+        },
+    },
 }  # fmt: skip
 
 # Runs a script of CleanRL, with a stamp wherever it logs its own speed

@@ -4,7 +4,7 @@ A name with a dash is a variant: the script before the dash, with flags of its o
 11 on, which are not among the seeds that are reported (1 to 5).
 """
 
-SCRIPTS = ("reinforce", "actor_critic", "a2c", "ppo")
+SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1")
 MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 
@@ -13,8 +13,15 @@ STEPS = {  # environment steps; 1M on MuJoCo
     ("actor_critic", "CartPole-v1"): 200_000,
     ("actor_critic-online", "CartPole-v1"): 200_000,
     ("a2c", "CartPole-v1"): 200_000,
-    ("ppo", "CartPole-v1"): 100_000,
-    ("ppo", "Pendulum-v1"): 100_000,
+    ("ddpg", "Pendulum-v1"): 20_000,
+    ("off_policy_ac", "Pendulum-v1"): 20_000,
+    **{(script, "CartPole-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo", "ppo")},
+    **{(script, "Acrobot-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo")},
+    **{(script, "Pendulum-v1"): 100_000 for script in ("npg", "trpo", "ppo")},
+    ("trpo-dual", "CartPole-v1"): 100_000,
+    **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},
+    ("ddpg", "InvertedPendulum-v5"): 100_000,
+    ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
 }
 EVAL_EPISODES = {"Pendulum-v1": 100}  # 20 elsewhere; the start states of Pendulum differ more than its policies
 
@@ -22,11 +29,15 @@ PPO_MUJOCO = (
     "--num-envs 4 --num-steps 512 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 "
     "--log-std-init -1 --normalize-obs --normalize-rewards --compile"
 )
+A2C_MUJOCO = "--learning-rate 1e-3 --normalize-obs --compile"
 FLAGS = {
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
+    ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8",
+    ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
+    ("a2c", "Hopper-v5"): f"{A2C_MUJOCO} --num-steps 32",
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
         "--ent-coef 0"
