@@ -30,14 +30,27 @@ PPO_MUJOCO = (
     "--log-std-init -1 --normalize-obs --normalize-rewards --compile"
 )
 A2C_MUJOCO = "--learning-rate 1e-3 --normalize-obs --compile"
+TRUST_MUJOCO = (
+    "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs "
+    "--normalize-rewards"
+)
 FLAGS = {
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
+    ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8",
     ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
     ("a2c", "Hopper-v5"): f"{A2C_MUJOCO} --num-steps 32",
+    **{(script, "Acrobot-v1"): "--normalize-obs --normalize-rewards" for script in ("npg", "trpo")},
+    **{
+        (script, "Pendulum-v1"): "--num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9"
+        for script in ("npg", "trpo")
+    },
+    **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
+    ("trpo-dual", "CartPole-v1"): "--constraint dual",
+    ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
         "--ent-coef 0"
