@@ -27,14 +27,15 @@ Silver et al. 2014, "Deterministic Policy Gradient Algorithms" (theorem 1, eq. 1
 If s' terminates the task, it is worth 0; a time limit is no such end. An update comes after each step of all N
 environments, so with num_updates = N there is one for each transition.
 
-Actions are in units in which finite bounds of a Box are ±1, for the policy, for Q, in the buffer and for the noise;
-tanh keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
+Actions are in units in which the bounds of a Box are ±1, for the policy, for Q, in the buffer and for the noise; tanh
+keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
 Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
 
 What departs from the papers, and why: Q sees the action in its first layer, not the second, and there is neither
-weight decay nor batch normalisation, as in all later implementations; white noise is the default, which Fujimoto et
-al. 2018 found to do as well; observations and rewards can be scaled by running statistics; all episodes restart after
-a checkpoint, so that a resumed run is exact; the buffer is a part of it.
+weight decay nor batch normalisation, as in most later implementations; the first actions are uniform, which fills the
+buffer with all of them; white noise is the default, which Fujimoto et al. 2018 found to do as well; observations and
+rewards are scaled by running statistics unless a flag says no; all episodes restart after a checkpoint, which holds
+the buffer too, so that a resumed run is exact.
 
 Compare with off_policy_ac.py: a stochastic policy, whose own noise explores; its `reparameterized` is step 4 with
 noise.
@@ -361,6 +362,8 @@ def train(args: Args) -> dict[str, float]:
     space = envs[0].action_space
     if not isinstance(space, spaces.Box):
         fail(f"{args.env_id} has actions {space}; Box of floats is supported here, Discrete in off_policy_ac.py")
+    if not np.isfinite([space.low, space.high]).all():
+        fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
     agent = DDPGAgent(envs[0], args.hidden_size).to(device)
     obs_dim, action_dim = len(agent.obs_norm.mean), agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0), device)

@@ -35,19 +35,20 @@ The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in
 stored r and s' belong to β's action: V becomes the value of a policy that goes on with the mixture β of all earlier
 ones. And ∇ log π(a|s) A(s, a) with a ~ β is not a policy gradient: it favours what β did often, by the factor β/π. Q
 puts the first right, since it is told the action and chooses a' itself; a fresh action, or the weight π/β, the
-second. What remains, and is accepted: the states are those of the earlier policies, not those of π.
+second. What remains, and is accepted: the states are those of the earlier policies, not those of π, and the part of
+the gradient that goes through Q^π is left out, so this is not the exact gradient of any objective (theorem 1).
 
-The Gaussian of the siblings, with one σ for all states, is cut off at the bounds of a Box, where the cut hides from
-Q's gradient what the action is. Here tanh keeps actions inside, and σ depends on s, since a bonus for entropy must be
-able to leave σ where it does no harm. The buffer holds u, a = tanh(u): the slope of tanh cancels in π/β, and no
-inverse of tanh is needed, which has none left where float32 rounds tanh(u) to 1. As the first policy is nearly
-uniform, there is no other phase of random actions.
+The Gaussian of the siblings, with one σ for all states, is clipped at the bounds of a Box, and beyond them Q's gradient
+is 0: it could not bring the mean back. Here tanh keeps actions inside, and σ depends on s, since a bonus for entropy
+must be able to leave σ where it does no harm. The buffer holds u, a = tanh(u): the slope of tanh cancels in π/β, and
+atanh, which is infinite where float32 rounds tanh(u) to 1, is never needed. As the first policy is nearly uniform,
+there is no separate phase of random actions.
 
 What departs from Degris et al., and why: they learn V with gradient-TD and eligibility traces, which keeps linear
 critics from diverging; a target network does that for Q here, in the lecture's way. Observations and rewards are
 scaled by running statistics: where Q is near 100 for all actions, as on CartPole, and they differ by 1, a policy is
-deterministic before Q can tell them apart (64 units then hold 100 to 300; 500 with scaling). All episodes restart
-after a checkpoint, so that a resumed run is exact; the buffer is a part of it.
+deterministic before Q can tell them apart (networks of 64 units then reach a return of 100 to 300, and 500 with
+scaling). All episodes restart after a checkpoint, which holds the buffer too, so that a resumed run is exact.
 
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
@@ -183,7 +184,7 @@ class SoftmaxActor(nn.Module):
 
 
 class SquashedGaussianActor(nn.Module):
-    """a = tanh(u) with u ~ N(μ(s), diag σ(s)²), σ limited to [e⁻⁵, e²]; the buffer holds u, the environment gets a."""
+    """a = tanh(u) with u ~ N(μ(s), diag σ(s)²), σ limited to [e⁻²⁰, e²]; the buffer holds u, the environment gets a."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ class SquashedGaussianActor(nn.Module):
     def choose(out: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
         """u (B, action_dim) from μ and log σ side by side; noise 0 gives the most likely ones."""
         mean, log_std = np.split(out, 2, -1)
-        return mean + np.exp(np.clip(log_std, -5.0, 2.0)) * noise
+        return mean + np.exp(np.clip(log_std, -20.0, 2.0)) * noise
 
     @staticmethod
     def squash(actions: np.ndarray) -> np.ndarray:
@@ -210,13 +211,13 @@ class SquashedGaussianActor(nn.Module):
     def sample(out: Tensor, noise: Tensor) -> Tensor:
         """u = μ + σ ε, differentiable in μ and σ."""
         mean, log_std = out.chunk(2, -1)
-        return mean + log_std.clamp(-5.0, 2.0).exp() * noise
+        return mean + log_std.clamp(-20.0, 2.0).exp() * noise
 
     @staticmethod
     def logprobs(out: Tensor, u: Tensor) -> Tensor:
         """log N(u; μ, σ²) = −½ Σ_d z_d² − Σ_d log(σ_d √(2π)) with z = (u − μ) / σ; (..., action_dim) to (...)."""
         mean, log_std = out.chunk(2, -1)
-        log_std = log_std.clamp(-5.0, 2.0)
+        log_std = log_std.clamp(-20.0, 2.0)
         z = (u - mean) * (-log_std).exp()
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1) - log_std.sum(-1)
 
@@ -326,7 +327,7 @@ def polyak(target: Tensor, online: Tensor, tau: float) -> None:
 
 
 def exact_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
-    """−mean Σ_a π(a|s) Q(s, a), (B, A): its gradient is that of the score-function estimate, with all a in the sum."""
+    """−mean Σ_a π(a|s) Q(s, a), (B, A): its gradient is the expectation of that of `score_loss`."""
     assert logprobs.shape == q_values.shape
     return -(logprobs.exp() * q_values.detach()).sum(-1).mean()
 
@@ -503,6 +504,9 @@ def train(args: Args) -> dict[str, float]:
     agent = OffPolicyAgent(envs[0], args.hidden_size, args.log_std_init).to(device)
     if agent.discrete and args.actor_update == "reparameterized":
         fail(f"--actor-update reparameterized needs Box actions, but {args.env_id} has {envs[0].action_space}")
+    space = envs[0].action_space
+    if not agent.discrete and not np.isfinite([space.low, space.high]).all():
+        fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
     obs_dim, action_dim = len(agent.obs_norm.mean), 0 if agent.discrete else agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0, 0), device)
     return_norm, stepper = RunningNorm().to(device), Stepper(envs, args.gamma)

@@ -596,6 +596,9 @@ def test_supported_spaces_run(name: str, env_id: str) -> None:
         refused(name, "Discrete", "off_policy_ac.py", **flags_of(name, env_id=env_id, run_dir="run"))
         assert os.listdir() == []
         return
+    if env_id == "Unbounded-v0" and SCRIPTS[name].noise != "GaussianActor.noise":  # a tanh policy
+        refused(name, "finite bounds", **flags_of(name, env_id=env_id, run_dir="run"))
+        return
     train(name, "run", env_id=env_id, total_timesteps=64, eval_episodes=2)
     assert math.isfinite(curves(Path("run"))["eval/episodic_return"][-1][1])
 

@@ -344,11 +344,12 @@ def test_the_entropy_of_a_box_is_minus_the_log_probability_of_fresh_actions():
 
 def test_sigma_is_limited():
     agent = new_agent(1, BOX1)
-    out = torch.tensor([[0.5, 9.0], [0.5, -20.0]]).double()
-    close(agent.actor.sample(out, torch.ones(2, 1).double()).squeeze(-1), 0.5 + np.exp([2, -5]))
-    close(agent.actor.choose(out.numpy(), np.ones((2, 1)))[:, 0], 0.5 + np.exp([2, -5]))
-    z = Normal(0.5, torch.tensor([2.0, -5.0]).double().exp())
-    close(agent.actor.logprobs(out, torch.ones(2, 1).double()), z.log_prob(torch.ones(2).double()))
+    out = torch.tensor([[0.5, 9.0], [0.5, -30.0]]).double()
+    close(agent.actor.sample(out, torch.ones(2, 1).double()).squeeze(-1), 0.5 + np.exp([2, -20]))
+    close(agent.actor.choose(out.numpy(), np.ones((2, 1)))[:, 0], 0.5 + np.exp([2, -20]))
+    z = Normal(0.5, torch.tensor([2.0, -20.0]).double().exp())
+    u = torch.tensor([1.0, 0.5 + 1e-9]).double()
+    close(agent.actor.logprobs(out, u.unsqueeze(-1)), z.log_prob(u))
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
