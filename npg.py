@@ -22,25 +22,28 @@ Control Using Generalized Advantage Estimation" (GAE); conjugate gradient and st
         4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
         5. θ ← θ + α F⁻¹g, where g = ∇ mean(log π(a|s) A) + ent_coef ∇H and F = E[∇ log π ∇ log πᵀ], which is also the
            Hessian of KL(π_old‖π); conjugate gradient solves F x = g with products F v alone; α (step_rule) is
-             kl     √(2ε / gᵀF⁻¹g), ε = max_kl: since KL ≈ ½ dθᵀF dθ, every step changes the policy by ε
+             kl     √(2ε / gᵀF⁻¹g), ε = max_kl: every step costs ε, as far as KL ≈ ½ dθᵀF dθ holds
              fixed  step_size, as in the paper: where the gradient is small, so is the change
         6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
         7. update the observation statistics, then log, evaluate and save
 
-The plain gradient is the steepest direction if a change dθ costs |dθ|². Here it costs dθᵀF dθ, twice the KL: the new
-policy is the same whatever parameters describe the old one.
+The plain gradient is the steepest direction if a change dθ costs |dθ|². Here it costs dθᵀF dθ, twice the KL to second
+order: whatever parameters describe the old policy, the new one is the same to first order, up to the damping.
 
 Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
-order, one of them lacks the ½; and it is KL(π_old‖π), which has the Hessian of their KL(π‖π_old), but not its values.
+order, two of them lack the ½; and it is KL(π_old‖π), which has the Hessian of their KL(π‖π_old), but not its values.
 
-If g is 0, a curvature is not positive or a number is not finite, there is no step: accepted_fraction is 0 in the log.
+If g is 0, a curvature is not positive or the step is not finite, there is no step, and accepted_fraction is 0 in the
+log; policy_loss and entropy there are those before the step. A loss or a KL that is not finite ends the run.
 
-What departs from the sources, and why: damping is added to F, which is nearly singular, and so xᵀF x stands in α in the
-place of gᵀF⁻¹g: ε is the KL with any damping. Steps that cost ε even where the gradient is mere noise would never come
-to rest: ε falls to 0, its root linearly. The critic is fitted after the policy's step: one that has seen the rewards
-already gives advantages that are too small. Advantages are normalised; their scale is of no effect in the rule kl.
-Observations and rewards can be scaled by running statistics; a time limit bootstraps with V of the true successor; all
-episodes restart after a checkpoint, so that a resumed run is exact.
+What departs from the sources, and why: step t of an episode does not count γ^t times (reinforce.py tells why); damping
+is added to F, which is nearly singular, and so xᵀF x stands in α in the place of gᵀF⁻¹g: to second order ε is the KL
+with any damping. (A policy that is nearly deterministic has F ≈ 0 and a step too long for the second order: losses/kl
+shows it, and trpo.py looks.) A batch cannot tell that its gradient is mere noise, so steps that cost ε would never come
+to rest: √ε falls linearly to 0. Adam fits the critic, where GAE bounds its step; as there, the advantages come from the
+critic before the fit: one that has seen the rewards gives advantages that are too small. Advantages are normalised; the
+rule kl ignores their scale if ent_coef is 0. Observations and rewards can be scaled by running statistics; a time limit
+bootstraps with V of the true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
 
 Compare with actor_critic.py, which takes an Adam step along g, and trpo.py, which looks before it takes this step.
 
@@ -98,7 +101,7 @@ class Args:
     # Algorithm
     num_steps: int = 64  # steps of each environment in a rollout, T
     step_rule: Literal["kl", "fixed"] = "kl"  # α of the policy's step: such that it costs max_kl, or step_size
-    max_kl: float = 0.02  # mean KL(π_old‖π) of a step of the policy
+    max_kl: float = 0.02  # ε: what a step of the policy may cost, in mean KL(π_old‖π)
     step_size: float = 0.1  # α of --step-rule fixed
     cg_iterations: int = 10  # steps of the conjugate gradient, each with one Fisher-vector product
     damping: float = 0.1  # added to the diagonal of F
@@ -375,7 +378,7 @@ def natural_gradient(
 ) -> tuple[Tensor, Tensor]:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, with damping 0), and its curvature xᵀF x.
 
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, however few its iterations.
+    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, after any number of iterations.
     """
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
     return x, policy_grad @ x - damping * x @ x

@@ -9,7 +9,7 @@
 #   "tensorboard==2.21.0",
 # ]
 # ///
-"""Trust region policy optimization: the longest step along the natural gradient that the batch itself shows to be good.
+"""Trust region policy optimization: the natural step, made ever shorter until the batch itself shows it to be good.
 
 Schulman et al. 2015, "Trust Region Policy Optimization" (arXiv 1502.05477; TRPO), section 6 and appendix C; advantages
 from Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE).
@@ -27,21 +27,25 @@ from Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         7. update the observation statistics, then log, evaluate and save
 
 By the performance-difference lemma J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old. In L the states are
-those of π_old, and ρ corrects the actions alone. That is right to first order: L is trusted where the KL is small.
+those of π_old, and ρ corrects the actions alone: right to first order (if step t counts γ^t times), so L is trusted
+where the KL is small.
 
 Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
-order, one of them lacks the ½; and it is KL(π_old‖π) (TRPO eq. 12), which has the Hessian of their KL(π‖π_old), but not
+order, two of them lack the ½; and it is KL(π_old‖π) (TRPO eq. 12), which has the Hessian of their KL(π‖π_old), but not
 its values. Their λ ← λ + α (KL − ε) may become negative, which would reward a large KL.
 
-In the log, losses/kl is the closed form after the step, improvement the growth of L, accepted_fraction β^k, or 0.
-As λ changes by the sum of all KL − ε, the mean KL of `dual` is ε wherever λ comes to rest.
+In the log, losses/kl is the closed form after the step, policy_loss and entropy are those after it, improvement is the
+growth of L, and accepted_fraction β^k, or 0. As λ changes by the sum of all KL − ε, the mean KL of `dual` is ε while λ
+is at rest above 0; at λ = 0 the bound is not felt.
 
-What departs from the paper, and why: damping is added to F, which is nearly singular, and so xᵀF x stands in the step
-size in the place of gᵀF⁻¹g: ε is the KL with any damping. A batch cannot tell that its gradient is mere noise, so steps
-that cost ε would never come to rest: ε falls to 0, its root linearly. The critic is fitted after the policy's step: one
-that has seen the rewards already gives advantages that are too small. Advantages are normalised; their scale is of no
-effect on the step. Observations and rewards can be scaled by running statistics; a time limit bootstraps with V of the
-true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
+What departs from the paper, and why: step t of an episode does not count γ^t times (reinforce.py tells why); damping is
+added to F, which is nearly singular, and so xᵀF x stands in the step size in the place of gᵀF⁻¹g: to second order ε is
+the KL of the first trial with any damping. A batch cannot tell that its gradient is mere noise, so steps that cost ε
+would never come to rest: √ε falls linearly to 0 (`dual` keeps ε, and lowers Adam's rate). Adam fits the critic, where
+GAE bounds its step; as there, the advantages come from the critic before the fit: one that has seen the rewards gives
+advantages that are too small. Advantages are normalised: `line_search` ignores their scale if ent_coef is 0, `dual`
+weighs them against λ. Observations and rewards can be scaled by running statistics; a time limit bootstraps with V of
+the true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
 
 Compare with npg.py, which takes the step without a look, and ppo.py, which clips ρ in the place of a bound on the KL.
 
@@ -99,7 +103,7 @@ class Args:
     # Algorithm
     num_steps: int = 64  # steps of each environment in a rollout, T
     constraint: Literal["line_search", "dual"] = "line_search"  # or update_epochs steps of Adam on a Lagrangian
-    max_kl: float = 0.02  # mean KL(π_old‖π) of a step of the policy
+    max_kl: float = 0.02  # ε: what a step of the policy may cost, in mean KL(π_old‖π)
     cg_iterations: int = 10  # steps of the conjugate gradient, each with one Fisher-vector product
     damping: float = 0.1  # added to the diagonal of F
     backtrack_coef: float = 0.8  # β: how much shorter each trial of the line search is than the one before
@@ -374,7 +378,7 @@ def natural_gradient(
 ) -> tuple[Tensor, Tensor]:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, with damping 0), and its curvature xᵀF x.
 
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, however few its iterations.
+    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, after any number of iterations.
     """
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
     return x, policy_grad @ x - damping * x @ x
@@ -537,7 +541,7 @@ def train(args: Args) -> dict[str, float]:
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
             optimizer.param_groups[0]["lr"] = left * args.learning_rate
             critic_optimizer.param_groups[0]["lr"] = left * args.critic_learning_rate
-            max_kl = left**2 * args.max_kl  # with which the step falls linearly
+            max_kl = left**2 * args.max_kl  # with which the step of the line search falls linearly
 
             # 2. run the policy
             if run.fresh_start:
@@ -563,7 +567,7 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_advantages:
                 advantages = normalize(advantages)
 
-            # 5. one step of the policy
+            # 5. maximise L where KL ≤ ε
             with torch.no_grad():
                 old, (old_logprobs, _) = distribution(agent.actor, obs), agent.actor(obs, actions)
             batch = (obs, actions, old_logprobs, advantages, *old)
@@ -581,7 +585,7 @@ def train(args: Args) -> dict[str, float]:
                 for _ in range(args.update_epochs):
                     update(*batch)
                 kl = surrogate()[1]["kl"].detach()
-                dual.multiplier.copy_(dual_ascent(dual.multiplier, kl, max_kl, args.dual_step_size))
+                dual.multiplier.copy_(dual_ascent(dual.multiplier, kl, args.max_kl, args.dual_step_size))
                 step_size = torch.full_like(kl, left * args.learning_rate)
                 metrics = {"multiplier": dual.multiplier}
             with torch.no_grad():

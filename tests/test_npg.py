@@ -328,17 +328,19 @@ def test_with_a_table_of_parameters_the_step_is_that_of_the_lecture(space: gym.S
 
 @BOTH
 def test_the_natural_step_does_not_depend_on_the_parameters(space: gym.Space):
-    """With θ = A φ, the step in φ leads to the same policy as that in θ; the plain step does not."""
+    """With θ = A φ, the step in φ leads to the same policy as that in θ; the plain step, or damping, does not."""
     obs, actions, advantages = ONE_HOT, *random_batch(space)[1:]
     size = 8 if space is BOX else 9
     A = torch.randn(size, size).double() + 2 * torch.eye(size)
-    new = {"natural": [], "plain": []}
+    new = {"natural": [], "plain": [], "damped": []}
     for actor in (tabular_actor(space), tabular_actor(space, A)):
         params, start = [actor.phi], actor.phi.detach().clone()
         g = gradient_of(SimpleNamespace(actor=actor), (obs, actions, advantages), params)
         product = npg.fisher_vector_product(actor, obs, params)
         x, curvature = npg.natural_gradient(product, g, 60, 0.0)
+        damped, damped_curvature = npg.natural_gradient(product, g, 60, 0.1)
         for kind, step in (
+            ("damped", npg.kl_step_size(damped_curvature, 0.1) * damped),
             ("natural", npg.kl_step_size(curvature, 0.1) * x),
             ("plain", npg.kl_step_size(g @ product(g), 0.1) * g),  # of the same length
         ):
@@ -346,6 +348,7 @@ def test_the_natural_step_does_not_depend_on_the_parameters(space: gym.Space):
             new[kind].append(vector(npg.distribution(actor, obs)))
     close(*new["natural"], 1e-4)
     assert (new["plain"][0] - new["plain"][1]).abs().max() > 0.05
+    assert (new["damped"][0] - new["damped"][1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])

@@ -5,6 +5,8 @@ KL, Fisher-vector product, conjugate gradient and step size are those of npg.py,
 test_npg.py; networks, statistics, rollouts, `gae` and `make_update` those of ppo.py.
 """
 
+import inspect
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.utils._pytree import tree_leaves
 
+import npg
 import trpo
 
 Agent = trpo.Agent  # also where a test puts something else in its place
@@ -157,10 +160,11 @@ def shipped_advantages(theta: Tensor, gamma: float) -> Tensor:
     )  # fmt: skip
 
 
-def expected_surrogate(agent: Any, theta: Tensor) -> Tensor:
-    """Σ_τ p(τ) Σ_t ρ_t A_t of π_old = π_theta: minus the shipped loss, whose mean over all steps the weights undo."""
+def expected_surrogate(agent: Any, theta: Tensor, gamma: float = 1.0, start: float = 1.0) -> Tensor:
+    """Σ_τ p(τ) Σ_t start^t ρ_t A_t of π_old = π_theta: minus the shipped loss; the weights undo its mean over steps."""
     batch, probabilities = TIMED.batch(), TIMED.probabilities(theta.softmax(-1))
-    weighted = batch.mask.numel() * batch.mask * probabilities * shipped_advantages(theta, 1.0)
+    weighted = batch.mask.numel() * batch.mask * probabilities * shipped_advantages(theta, gamma)
+    weighted = weighted * start ** torch.arange(len(weighted)).double().unsqueeze(1)
     return -shipped_loss(agent, tabular_agent(theta), batch.obs, batch.actions, weighted)[0]
 
 
@@ -197,6 +201,20 @@ def test_the_surrogate_is_the_difference_to_first_order():
     assert 80 < errors[1] / errors[2] < 120
 
 
+def test_without_the_discount_of_late_steps_it_is_another_gradient():
+    """With step t counted γ^t times the gradient is that of J; as shipped, it is off, though it points the same way."""
+    theta = THETA.clone().requires_grad_()
+    exact = torch.autograd.grad(TIMED.objective(theta.softmax(-1), 0.8), theta)[0]
+    found = {}
+    for start in (0.8, 1.0):
+        agent = tabular_agent(THETA)
+        value = expected_surrogate(agent, THETA, 0.8, start)
+        found[start] = torch.autograd.grad(value, agent.actor.net.weight)[0].T
+    close(found[0.8], exact)
+    assert (found[1.0] - exact).norm() > 0.1 * exact.norm()
+    assert torch.cosine_similarity(found[1.0].flatten(), exact.flatten(), 0) > 0.9
+
+
 def test_what_the_surrogate_leaves_out_is_the_change_of_the_states():
     """It is Σ_t Σ_s (d'_t(s) − d_t(s)) Σ_a π'(a|s) A_t(s,a), by dynamic programming."""
     new = THETA + CHANGE
@@ -207,6 +225,13 @@ def test_what_the_surrogate_leaves_out_is_the_change_of_the_states():
     left_out = TIMED.surrogate(pi, change, q_values - values[:-1].unsqueeze(-1))
     close(exact_difference(new, THETA) - expected_surrogate(tabular_agent(new), THETA), left_out)
     assert left_out.abs() > 0.01
+
+
+def test_trpo_differs_from_npg_in_step_5_alone():
+    """So what test_npg.py proves of rollouts, advantages and the critic holds here, too."""
+    steps = [re.split(r"# (\d)\. ", inspect.getsource(module.train)) for module in (npg, trpo)]
+    texts = [dict(zip(each[1::2], each[2::2], strict=True)) for each in steps]
+    assert [number for number in texts[0] if texts[0][number] != texts[1][number]] == ["1", "5"]  # 1: Adam's rate
 
 
 # -- line search -------------------------------------------------------------------------------------------------------
@@ -536,7 +561,7 @@ DUAL = {"constraint": "dual", "learning_rate": 0.03, "dual_step_size": 5.0}
 
 @BOTH
 def test_the_steps_of_the_dual_can_be_taken_by_a_second_road(space: gym.Space):
-    """loss.backward(), clip_grad_norm_ and plain Adam on −(L − λ (KL − δ)); λ begins with 1 and follows the KL."""
+    """loss.backward(), clip_grad_norm_ and plain Adam on −(L − λ (KL − ε)); λ begins with 1 and follows the KL."""
     iterations = follow(space, **DUAL, max_grad_norm=0.3, ent_coef=0.1)
     multiplier, optimizer, norms = 1.0, None, []
     for k, each in enumerate(iterations):
@@ -556,7 +581,7 @@ def test_the_steps_of_the_dual_can_be_taken_by_a_second_road(space: gym.Space):
             optimizer.step()
             close(vector(live.parameters()), after, 1e-6)
         close(each.metrics["losses/kl"], kl_of(each), 1e-9)
-        multiplier = max(0.0, multiplier + 5.0 * (kl_of(each) - 0.02 * (1 - k / 4) ** 2))
+        multiplier = max(0.0, multiplier + 5.0 * (kl_of(each) - 0.02))
         assert each.metrics["losses/multiplier"] == pytest.approx(multiplier, rel=1e-5)
         assert each.metrics["charts/learning_rate"] == pytest.approx(0.03 * (1 - k / 4))
     assert max(norms) > 0.3
@@ -579,7 +604,7 @@ def test_the_multiplier_rises_exactly_where_the_constraint_is_broken(space: gym.
 @pytest.mark.parametrize("max_kl", [0.003, 0.03])
 @BOTH
 def test_the_mean_kl_of_the_dual_settles_at_the_bound(space: gym.Space, max_kl: float):
-    """As λ settles: its change is the sum of KL − δ."""
+    """As λ settles: its change is the sum of KL − ε."""
     flags = {"constraint": "dual", "anneal_lr": False, "learning_rate": 0.003, "dual_step_size": 0.3 / max_kl}
     iterations = follow(space, **flags, max_kl=max_kl, update_epochs=20, num_steps=60, total_timesteps=80 * 120)
     kls = np.array([each.metrics["losses/kl"] for each in iterations])
