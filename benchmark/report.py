@@ -79,7 +79,7 @@ def draw_returns(results: dict, path: Path) -> None:
 
 
 def draw_trust_regions(results: dict, path: Path) -> None:
-    """Return and KL(π_old‖π) after each update, of the methods that bound it and of PPO."""
+    """Return and KL(π_old‖π) after each update; of PPO an estimate, the mean over the minibatches of the update."""
     import matplotlib.pyplot as plt
 
     envs = [env for env, scripts in results.items() if {"npg", "trpo", "ppo"} <= scripts.keys()]
@@ -88,7 +88,8 @@ def draw_trust_regions(results: dict, path: Path) -> None:
         for script, runs in results[env].items():
             if script in TRUST_REGIONS:
                 draw_curve(above, [run["evaluations"] for run in runs], script)
-                draw_curve(below, [run["diagnostics"]["losses/approx_kl"] for run in runs], script)
+                tag = "losses/approx_kl" if script == "ppo" else "losses/kl"
+                draw_curve(below, [run["diagnostics"][tag] for run in runs], script)
         above.set(title=env)
         below.set(xlabel="environment steps", yscale="log")
     axes[0, 0].set(ylabel="return")
