@@ -23,7 +23,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
     ("ddpg", "InvertedPendulum-v5"): 100_000,
     ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
 }
-EVAL_EPISODES = {"Pendulum-v1": 100}  # 20 elsewhere; the start states of Pendulum differ more than its policies
+EVAL_EPISODES = {"Pendulum-v1": 100, "Acrobot-v1": 100}  # 20 elsewhere; there, start states differ more than policies
 
 PPO_MUJOCO = (
     "--num-envs 4 --num-steps 512 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 "
