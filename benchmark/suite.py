@@ -40,10 +40,10 @@ FLAGS = {
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
     ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
-    ("a2c", "Pendulum-v1"): "--num-envs 16 --num-steps 2 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.8",
+    ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
     ("a2c", "Hopper-v5"): f"{A2C_MUJOCO} --num-steps 32",
-    **{(script, "Acrobot-v1"): "--normalize-obs --normalize-rewards" for script in ("npg", "trpo")},
+    **{(script, "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards" for script in ("npg", "trpo")},
     **{
         (script, "Pendulum-v1"): "--num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9"
         for script in ("npg", "trpo")
