@@ -39,6 +39,10 @@ FLAGS = {
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
+    ("actor_critic", "Pendulum-v1"): (
+        "--num-envs 8 --num-steps 4 --learning-rate 2e-3 --critic-learning-rate 2e-3 --critic-epochs 1 --gamma 0.9 "
+        "--gae-lambda 0.8 --log-std-init 1 --normalize-rewards"
+    ),
     ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
