@@ -292,10 +292,11 @@ class Both(gym.Env):
 gym.register("ddpg/Both-v0", Both)
 
 
-def test_the_loop_can_be_taken_by_a_second_road():
+@pytest.mark.parametrize("anneal_lr", [False, True])
+def test_the_loop_can_be_taken_by_a_second_road(anneal_lr: bool):
     """Each gradient step with plain tensors, backward() and Adam, on the batch that was drawn; critic first."""
     flags = {"env_id": "ddpg/Both-v0", "gamma": GAMMA, "tau": 0.3, "num_updates": 2, "max_grad_norm": 5.0}
-    events, agent = run_train(learning_rate=3e-3, q_learning_rate=5e-3, anneal_lr=False, **flags)
+    events, agent = run_train(learning_rate=3e-3, q_learning_rate=5e-3, anneal_lr=anneal_lr, **flags)
     once = ["noise", "step", "add"]
     update = ["sample", "deterministic_q_loss", "deterministic_policy_loss", "polyak", "polyak"]
     assert [event.kind for event in events] == once * 4 + (once + 2 * update) * 26
@@ -326,6 +327,8 @@ def test_the_loop_can_be_taken_by_a_second_road():
         for copy, grad in zip(copies[event.kind], grads, strict=True):
             copy.grad = grad
         close(event.given[-1]["losses/grad_norm"], nn.utils.clip_grad_norm_(copies[event.kind], 5.0), 1e-8)
+        iteration = (len(of_kind(events[:k], "step")) - 1) // 10  # 20 steps of 2 environments
+        optimizers[event.kind].param_groups[0]["lr"] = rates[event.kind] * (1 - anneal_lr * iteration / 3)
         optimizers[event.kind].step()
         for name, x in event.after.items():
             if not name.startswith(nets[event.kind]):
@@ -333,6 +336,22 @@ def test_the_loop_can_be_taken_by_a_second_road():
         expected = [x for name, x in event.after.items() if name.startswith(nets[event.kind])]
         for copy, x in zip(copies[event.kind], expected, strict=True):
             close(copy, x, 1e-8)
+
+
+def test_statistics_scale_the_batch():
+    events, _ = run_train(env_id="ddpg/Both-v0", normalize_rewards=True, normalize_obs=True)
+    rewards = []
+    for k, event in enumerate(events):
+        if event.kind == "step":
+            rewards.append(event.given[-1][0].discounted_returns)
+        if event.kind == "deterministic_q_loss":
+            raw = next(x for x in reversed(events[:k]) if x.kind == "sample").given[-1][2]
+            close(event.given[2], raw / (torch.cat(rewards).double().numpy().var() + 1e-8) ** 0.5, 1e-5)
+            seen = torch.cat([x.given[1] for x in events[:k] if x.kind == "add"]).double()
+            close(event.before["obs_norm.mean"], seen.mean(0), 1e-6)
+            close(event.before["obs_norm.var"], seen.var(0, correction=0), 1e-6)
+    assert of_kind(events, "deterministic_q_loss")
+    assert run_train(env_id="ddpg/Both-v0", normalize_obs=False)[1].obs_norm.count == 0
 
 
 def test_both_targets_follow_and_share_nothing():
