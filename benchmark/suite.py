@@ -41,7 +41,7 @@ FLAGS = {
     ),
     ("actor_critic", "Pendulum-v1"): (
         "--num-envs 8 --num-steps 4 --learning-rate 2e-3 --critic-learning-rate 2e-3 --critic-epochs 1 --gamma 0.9 "
-        "--gae-lambda 0.8 --log-std-init 1 --normalize-rewards"
+        "--gae-lambda 0.8 --log-std-init 2 --normalize-rewards"
     ),
     ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
