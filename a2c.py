@@ -94,6 +94,7 @@ class Args:
     eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
 
     # Algorithm
+    log_interval: int = 512  # environment steps in an iteration, which ends with one point of each curve
     num_steps: int = 16  # steps of each environment in a rollout, T
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop is the paper's
     learning_rate: float = 2e-3  # the optimizer's step size
@@ -124,7 +125,7 @@ class Args:
     @property
     def updates_per_iteration(self) -> int:
         """Rollouts, each with its update, between two points in the log: more than one where they are very short."""
-        return max(1, 512 // self.batch_size)
+        return max(1, self.log_interval // self.batch_size)
 
 
 def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:

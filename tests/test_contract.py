@@ -69,7 +69,8 @@ SCRIPTS = {
         {"num_steps": 64, "update_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
         ("update_epochs", "num_minibatches"), {"losses/q_loss"}, {"num_minibatches": 7}),
     "a2c": Script(
-        {"num_steps": 64}, {"num_steps": 128}, (), {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},
+        {"num_steps": 64, "log_interval": 128}, {"num_steps": 128}, (),
+        {"losses/q_loss", "losses/clipfrac", "losses/approx_kl"},
         {"asynchronous": True, "device": "cuda"}),
     "npg": Script(
         {"num_steps": 64, "critic_epochs": 2, "num_minibatches": 2}, {"num_steps": 128},
@@ -103,13 +104,13 @@ TAGS = {
 # Another value for each flag that is not a switch or a choice, of which all values are tried
 OTHER = {
     "env_id": "CartPole-v1", "seed": 2, "total_timesteps": 300, "num_envs": 4, "device": "auto", "num_threads": 2,
-    "run_dir": "", "checkpoint_every": 60, "eval_every": 100, "eval_episodes": 1, "num_steps": 32,
+    "run_dir": "", "checkpoint_every": 60, "eval_every": 100, "eval_episodes": 1, "num_steps": 48,
     "learning_rate": 1e-4, "gamma": 0.5, "gae_lambda": 0.3, "update_epochs": 3, "num_minibatches": 4,
     "clip_coef": 1e-4, "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "hidden_size": 8,
     "log_std_init": -1.0, "critic_learning_rate": 1e-4, "critic_epochs": 3, "demonstrations": "demonstrations.npz",
     "cloning_steps": 3, "lookahead": 2, "trace_decay": 0.5, "num_workers": 1, "max_kl": 1e-4, "step_size": 0.3,
     "cg_iterations": 3, "damping": 1e-3, "backtrack_coef": 0.3, "max_trials": 1, "dual_step_size": 3.0,
-    "log_interval": 100, "learning_starts": 50, "num_updates": 2, "batch_size": 16, "buffer_size": 60,
+    "log_interval": 256, "learning_starts": 50, "num_updates": 2, "batch_size": 16, "buffer_size": 60,
     "q_learning_rate": 1e-4, "tau": 0.5, "num_samples": 2, "importance_clip": 0.5, "exploration_noise": 0.5,
     "noise_correlation": 0.5,
 }  # fmt: skip
