@@ -213,7 +213,7 @@ class RunningNorm(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
-        x = x.double().reshape(-1, *self.mean.shape)
+        x = x.to(self.mean.dtype).reshape(-1, *self.mean.shape)
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count.add_(len(x))
         weight, delta = len(x) / self.count, mean - self.mean
