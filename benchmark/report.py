@@ -82,7 +82,8 @@ def draw_trust_regions(results: dict, path: Path) -> None:
     """Return and KL(π_old‖π) after each update; of PPO an estimate, the mean over the minibatches of the update."""
     import matplotlib.pyplot as plt
 
-    envs = [env for env, scripts in results.items() if {"npg", "trpo", "ppo"} <= scripts.keys()]
+    runs_of = {env: [run for name in ("npg", "trpo", "ppo") for run in results[env].get(name, [{}])] for env in results}
+    envs = [env for env, runs in runs_of.items() if all("diagnostics" in run for run in runs)]
     figure, axes = plt.subplots(2, len(envs), figsize=(3.2 * len(envs), 5.6), layout="constrained", squeeze=False)
     for (above, below), env in zip(axes.T, envs, strict=True):
         for script, runs in results[env].items():
@@ -92,6 +93,8 @@ def draw_trust_regions(results: dict, path: Path) -> None:
                 draw_curve(below, [run["diagnostics"][tag] for run in runs], script)
         above.set(title=env)
         below.set(xlabel="environment steps", yscale="log")
+        for axis in (above, below):
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes[0, 0].set(ylabel="return")
     axes[1, 0].set(ylabel="KL(π_old‖π) of an update")
     handles, labels = axes[0, 0].get_legend_handles_labels()
