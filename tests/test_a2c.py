@@ -202,9 +202,9 @@ a2c.train(a2c.tyro.cli(a2c.Args))
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The points that two processes have in common with one: not those of the clock, nor a ratio of variances."""
+    """The points that two processes have in common with one: all but those of the clock."""
     found = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = set(found.Tags()["scalars"]) - {"charts/SPS", "losses/explained_variance"}
+    tags = set(found.Tags()["scalars"]) - {"charts/SPS"}
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
 
 
@@ -246,7 +246,8 @@ def test_two_processes_with_half_of_the_environments_are_one_with_all(
     assert one["agent"]["obs_norm.count"] == two["agent"]["obs_norm.count"] == steps
     one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
     assert one.keys() == two.keys()
-    for tag, points in one.items():
+    for tag in one.keys() - ({"losses/explained_variance"} if script == "a2c" else set()):
+        points = one[tag]
         np.testing.assert_allclose(two[tag], points, rtol=1e-3, atol=1e-3, err_msg=tag)
 
 
