@@ -53,6 +53,7 @@ FLAGS = {
         for script in ("npg", "trpo")
     },
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
+    ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     ("ppo", "Pendulum-v1"): (
