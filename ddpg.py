@@ -11,7 +11,7 @@
 # ///
 """DDPG: a deterministic policy that climbs the slope of Q(s, a) in the action; noise explores around it.
 
-Silver et al. 2014, "Deterministic Policy Gradient Algorithms" (theorem 1, eq. 16 to 18); Lillicrap et al. 2016,
+Silver et al. 2014, "Deterministic Policy Gradient Algorithms" (theorem 1, eq. 15 to 18); Lillicrap et al. 2016,
 "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971), algorithm 1.
 
     for each step of N environments:
@@ -102,7 +102,7 @@ class Args:
     gamma: float = 0.99  # discount γ
     tau: float = 0.05  # how far the target network moves towards Q in each update
     exploration_noise: float = 0.1  # deviation of the noise that is added to an action, in units of ±1
-    noise_correlation: float = 0.0  # of a step's noise with the next one's; 0 is Gaussian, else Ornstein-Uhlenbeck
+    noise_correlation: float = 0.0  # of a step's noise with the next one's; 0: white noise, else Ornstein-Uhlenbeck
     max_grad_norm: float = 1e3  # the gradient of all parameters together is scaled down to this norm where it is longer
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
@@ -258,7 +258,7 @@ def deterministic_q_loss(
 
 
 def deterministic_policy_loss(agent: DDPGAgent, obs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """−mean Q(s, μ(s)): minus its gradient is mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s) (DPG theorem 1, DDPG eq. 6)."""
+    """−mean Q(s, μ(s)): minus its gradient is mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s) (DPG eq. 15, DDPG eq. 6)."""
     obs = agent.obs_norm(obs)
     loss = -agent.critic(obs, agent.actor(obs)).mean()
     return loss, {"policy_loss": loss}
@@ -684,9 +684,11 @@ class Run:
         now = time.perf_counter()
         self.speed = (self.step - self.first_step) / (now - self.clock)
         self.log(self.step, metrics | {"charts/SPS": self.speed})
-        if self.compiling:  # the first iteration does not count, unless it is the only one
-            print(f"the first iteration compiled: {now - self.clock:.1f} s", flush=True)
-            self.clock, self.first_step, self.compiling = now, self.step, False
+        if self.compiling:  # what comes before the second update does not count, unless it is all there is
+            if "losses/grad_norm" in metrics:
+                print(f"the first update compiled: {now - self.clock:.1f} s", flush=True)
+                self.compiling = False
+            self.clock, self.first_step = now, self.step
         self.show_progress()
         finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
         if finished or (every and self.step // every > before // every):

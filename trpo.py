@@ -860,9 +860,11 @@ class Run:
         now = time.perf_counter()
         self.speed = (self.step - self.first_step) / (now - self.clock)
         self.log(self.step, metrics | {"charts/SPS": self.speed})
-        if self.compiling:  # the first iteration does not count, unless it is the only one
-            print(f"the first iteration compiled: {now - self.clock:.1f} s", flush=True)
-            self.clock, self.first_step, self.compiling = now, self.step, False
+        if self.compiling:  # what comes before the second update does not count, unless it is all there is
+            if "losses/grad_norm" in metrics:
+                print(f"the first update compiled: {now - self.clock:.1f} s", flush=True)
+                self.compiling = False
+            self.clock, self.first_step = now, self.step
         self.show_progress()
         finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
         if finished or (every and self.step // every > before // every):
