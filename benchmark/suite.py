@@ -19,6 +19,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
     **{(script, "Acrobot-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo")},
     **{(script, "Pendulum-v1"): 100_000 for script in ("npg", "trpo", "ppo")},
     ("trpo-dual", "CartPole-v1"): 100_000,
+    **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
     **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},
     ("ddpg", "InvertedPendulum-v5"): 100_000,
     ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
@@ -34,6 +35,7 @@ TRUST_MUJOCO = (
     "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs "
     "--normalize-rewards"
 )
+REPLAY_MUJOCO = "--hidden-size 128 --tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("actor_critic-online", "CartPole-v1"): (
@@ -53,9 +55,26 @@ FLAGS = {
         for script in ("npg", "trpo")
     },
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
+    **{
+        (script, "InvertedPendulum-v5"): (
+            "--num-envs 4 --num-steps 2048 --num-minibatches 32 --max-kl 0.005 --critic-learning-rate 1e-3 "
+            "--log-std-init -1 --normalize-obs --normalize-rewards"
+        )
+        for script in ("npg", "trpo")
+    },
     ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
+    **{
+        ("off_policy_ac", env): (
+            f"{REPLAY_MUJOCO} --num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"
+        )
+        for env in MUJOCO
+    },
+    **{("ddpg", env): REPLAY_MUJOCO for env in MUJOCO},
+    **{
+        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--actor-update {kind}" for kind in ("reparameterized", "importance")
+    },
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
         "--ent-coef 0"
