@@ -62,7 +62,7 @@ FLAGS = {
         )
         for script in ("npg", "trpo")
     },
-    ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
+    **{("trpo", env): f"{TRUST_MUJOCO} --max-kl 0.04" for env in ("Hopper-v5", "Walker2d-v5")},
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     **{
