@@ -49,7 +49,8 @@ FLAGS = {
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
     ("a2c", "Hopper-v5"): f"{A2C_MUJOCO} --num-steps 32",
-    **{(script, "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards" for script in ("npg", "trpo")},
+    ("npg", "Acrobot-v1"): "--num-steps 32 --gamma 0.995 --normalize-obs --normalize-rewards",
+    ("trpo", "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards",
     **{
         (script, "Pendulum-v1"): "--num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9"
         for script in ("npg", "trpo")
@@ -72,8 +73,10 @@ FLAGS = {
         for env in MUJOCO
     },
     **{("ddpg", env): REPLAY_MUJOCO for env in MUJOCO},
+    ("off_policy_ac", "Pendulum-v1"): "--num-envs 1",
     **{
-        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--actor-update {kind}" for kind in ("reparameterized", "importance")
+        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --actor-update {kind}"
+        for kind in ("reparameterized", "importance")
     },
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
