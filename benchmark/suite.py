@@ -73,6 +73,7 @@ FLAGS = {
         for env in MUJOCO
     },
     **{("ddpg", env): REPLAY_MUJOCO for env in MUJOCO},
+    ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
     ("off_policy_ac", "Pendulum-v1"): "--num-envs 1",
     **{
         (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --actor-update {kind}"
