@@ -74,9 +74,9 @@ FLAGS = {
     },
     **{("ddpg", env): REPLAY_MUJOCO for env in MUJOCO},
     ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
-    ("off_policy_ac", "Pendulum-v1"): "--num-envs 1",
+    ("off_policy_ac", "Pendulum-v1"): "--num-envs 1 --ent-coef 0.003",
     **{
-        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --actor-update {kind}"
+        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --ent-coef 0.003 --actor-update {kind}"
         for kind in ("reparameterized", "importance")
     },
     ("ppo", "Pendulum-v1"): (
