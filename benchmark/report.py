@@ -75,11 +75,11 @@ def bootstrap(scores: np.ndarray | list[np.ndarray], statistic: Callable, reps: 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Interquartile mean over the runs of one task, of each point: (runs, 1, points) to (points).
 
-    rliable's aggregate_iqm, but for all points in one call: one call a point took most of the report's time.
+    What rliable's aggregate_iqm is for one point. That, called for each point of each resample, took 90 s a report, for
+    SciPy's trim_mean spends 0.2 ms on checking its arguments.
     """
-    from scipy.stats import trim_mean
-
-    return trim_mean(scores[:, 0], 0.25, axis=0)
+    cut = len(scores) // 4
+    return np.sort(scores[:, 0], 0)[cut : len(scores) - cut].mean(0)
 
 
 def interval(curves: list[dict[str, float]], points: int = 20) -> tuple[np.ndarray, ...]:

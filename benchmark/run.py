@@ -223,10 +223,11 @@ def run_locally(jobs: list[Job], workers: int) -> Iterator[list[Outcome]]:
                 yield [future.result() for future in done]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            with LOCK:
-                STOP.set()
-                for process in RUNNING:
-                    process.terminate()  # a script writes a checkpoint
+            if pending:
+                with LOCK:
+                    STOP.set()
+                    for process in RUNNING:
+                        process.terminate()  # a script writes a checkpoint
 
 
 def run_on_ray(jobs: list[Job], workers: int) -> Iterator[list[Outcome]]:
