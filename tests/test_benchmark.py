@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,11 +49,22 @@ def job(path: Path, script: str = "a2c", env: str = "CartPole-v1", **flags: Any)
     return run.Job(run.Args(**folders(path), **flags), script, env, 1)
 
 
-def sweep(path: Path, *flags: str, **options: Any) -> subprocess.Popen:
-    """python -m benchmark.run as a process."""
-    words = [f"--{name}={value}" for name, value in folders(path).items()]
-    line = [sys.executable, "-m", "benchmark.run", "--jobs", "1", *words, *flags]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+@pytest.fixture
+def sweep(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """python -m benchmark.run as a process; none is left over."""
+    words = [f"--{name}={value}" for name, value in folders(tmp_path).items()]
+    started = []
+
+    def start(*flags: str, **env: str) -> subprocess.Popen:
+        line = [sys.executable, "-m", "benchmark.run", "--jobs", "1", *words, *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(line, cwd=ROOT, env=os.environ | env, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.communicate()
 
 
 def result(finals: list[float], evaluations: dict[str, float] | None = None) -> list[dict]:
@@ -234,12 +245,12 @@ def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on(tmp_path: Path, sweep: Callable) -> None:
     """Stopped by SIGTERM, its run writes a checkpoint; killed outright, its run lives on, and is not run twice."""
     needs("tqdm", "matplotlib", "rliable")
     flags = ("--scripts", "a2c", "ppo", "--envs", "CartPole-v1", "--seeds", "1", "--steps", "60000")
     directory = tmp_path / "runs" / "CartPole-v1"
-    first = sweep(tmp_path, *flags)
+    first = sweep(*flags)
     wait_for(directory / "a2c" / "seed1.log", r"10%  step", first)
     first.send_signal(signal.SIGTERM)
     out = first.communicate(timeout=300)[0]
@@ -250,19 +261,19 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert stopped, log
     assert not (directory / "ppo").exists()
 
-    second = sweep(tmp_path, *flags)
+    second = sweep(*flags)
     wait_for(directory / "ppo" / "seed1.log", r"10%  step", second)
     a2c = tmp_path / "results" / "CartPole-v1" / "a2c" / "seed1.json"
     finished = a2c.stat().st_mtime_ns
     second.kill()
     second.communicate(timeout=60)
 
-    third = sweep(tmp_path, *flags)
+    third = sweep(*flags)
     out = third.communicate(timeout=600)[0]
     assert third.returncode == 0, out
     assert a2c.stat().st_mtime_ns == finished
     assert f"from step {stopped[1]}" in (directory / "a2c" / "seed1.log").read_text()
-    starts = re.findall(r"from step ([\d,]+)", (directory / "ppo" / "seed1.log").read_text())
+    starts = re.findall(r"from step ([\d,]+), ", (directory / "ppo" / "seed1.log").read_text())
     assert starts[0] == "0"
     assert all(start == "60,416" for start in starts[1:])  # only to find that nothing is left
     for script in ("a2c", "ppo"):
@@ -272,13 +283,13 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray(tmp_path: Path) -> None:
+def test_ray(tmp_path: Path, sweep: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a local cluster: the same results as without it, a failing run among them; a home of its own for its files."""
     needs("tqdm", "matplotlib", "rliable", "ray")
     (tmp_path / "home").mkdir()
     flags = ("--scripts", "ppo", "--envs", "CartPole-v1", "Nowhere-v0", "--seeds", "1", "--steps", "1000")
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = sweep(tmp_path, *flags, "--executor", "ray", env=env | {"HOME": str(tmp_path / "home")})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    process = sweep(*flags, "--executor", "ray", HOME=str(tmp_path / "home"), RAY_worker_niceness="0")
     out = process.communicate(timeout=600)[0]
     assert process.returncode == 1, out
     assert "ppo Nowhere-v0 seed 1: FAILED: it exited with 2" in out
