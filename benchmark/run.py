@@ -9,9 +9,9 @@ Finished runs are skipped, killed ones go on from their checkpoint: the same com
 run that fails is reported and does not stop the others. The peers (stable-baselines3) are run only where --peers or
 their names ask for them: they take several times as long as the scripts, and do not change with them.
 
-Ray spreads the runs over the cores of RAY_ADDRESS's cluster, or of this machine. Its machines need this folder (or
---runs and --results) under the same path. --dry-run prints the command lines that are left, for any other scheduler;
-when these have run, the same command without it collects what they wrote.
+Ray spreads the runs over the cores of RAY_ADDRESS's cluster (with RAY_AUTH_MODE=token if that asks for a token), or of
+this machine. Its machines need this folder under the same path. --dry-run prints the command lines that are left, for
+any other scheduler; when these have run, the same command without it collects what they wrote.
 """
 
 import fcntl
@@ -235,7 +235,11 @@ def run_on_ray(jobs: list[Job], workers: int) -> Iterator[list[Outcome]]:
     import ray
 
     where = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": workers, "include_dashboard": False}
-    ray.init(**where, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    try:
+        ray.init(**where, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    except ConnectionError as error:
+        print(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     remote = ray.remote(num_cpus=1, max_retries=0)(run)
     pending = {remote.remote(job): job for job in jobs}
     try:
