@@ -142,8 +142,9 @@ def result_of(job: Job, seconds: float) -> dict[str, Any]:
     """The final evaluation, the evaluations on the way, the curves in 100 bins, versions and seconds."""
     events = EventAccumulator(str(job.directory), size_guidance={"scalars": 0}).Reload()
     evaluations = {event.step: round(event.value, 3) for event in events.Scalars("eval/episodic_return")}
-    end = max(evaluations)
-    tags = [f"losses/{name}" for name in DIAGNOSTICS if f"losses/{name}" in events.Tags()["scalars"]]
+    end, there = max(evaluations), events.Tags()["scalars"]
+    tags = [f"losses/{name}" for name in DIAGNOSTICS if f"losses/{name}" in there]
+    returns = "charts/episodic_return"  # missing if no episode ended in so short a run
     packages = ["torch", "gymnasium", "numpy", *(["mujoco"] if job.env in suite.MUJOCO else [])]
     packages += ["stable-baselines3", "sb3-contrib"] if job.script in suite.PEERS else []
     return {
@@ -154,7 +155,7 @@ def result_of(job: Job, seconds: float) -> dict[str, Any]:
         "final_return": evaluations[end],
         "max_return": max(evaluations.values()),
         "evaluations": evaluations,
-        "training_returns": binned(events.Scalars("charts/episodic_return"), end),
+        "training_returns": binned(events.Scalars(returns) if returns in there else [], end),
         "diagnostics": {tag: binned(events.Scalars(tag), end) for tag in tags},
     }
 

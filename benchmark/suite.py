@@ -11,7 +11,6 @@ MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 SUITES = {"classic": CLASSIC, "mujoco": MUJOCO}
 DISCRETE = ("CartPole-v1", "Acrobot-v1")  # DDPG needs an action to differentiate by
 PEERS = ("sb3-a2c", "sb3-ddpg", "sb3-trpo", "sb3-ppo")
-VARIANTS = ("actor_critic-online", "trpo-dual")
 
 STEPS = {  # environment steps; 1M on MuJoCo
     ("reinforce", "CartPole-v1"): 200_000,
@@ -90,6 +89,7 @@ FLAGS = {
     ),
     **{("ppo", env): PPO_MUJOCO for env in MUJOCO},
 }
+VARIANTS = tuple(dict.fromkeys(script for script, _ in FLAGS if "-" in script))
 
 # Evaluated returns that count as learnt: where Gymnasium names one, its own, as far as our budgets reach it
 THRESHOLDS = {
@@ -104,7 +104,9 @@ THRESHOLDS = {
 
 
 def applies(script: str, env: str) -> bool:
-    """Whether the method takes the environment's actions."""
+    """Whether the method takes the environment's actions; a variant, whether it has flags for the environment."""
+    if script in VARIANTS:
+        return (script, env) in FLAGS
     return not (script.removeprefix("sb3-") == "ddpg" and env in DISCRETE)
 
 

@@ -163,6 +163,15 @@ def test_result_of_a_log_with_known_answers(tmp_path: Path) -> None:
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
+def test_result_of_a_run_in_which_no_episode_ended(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    with SummaryWriter(str(one.directory)) as writer:
+        for tag in ("eval/episodic_return", "charts/SPS"):
+            writer.add_scalar(tag, 5.0, 10)
+    found = run.result_of(one, seconds=1)
+    assert (found["final_return"], found["training_returns"]) == (5, {})
+
+
 def test_seconds_of_the_parts_of_a_killed_run(tmp_path: Path) -> None:
     for part, times in enumerate(([1000, 1004, 1030], [5000, 5012], [])):
         with (tmp_path / f"events.out.tfevents.{part}").open("wb") as file:
