@@ -159,6 +159,7 @@ def table_of_published(results: Results) -> str:
             figure = figure_to_beat(script, env, steps_of(runs[0]))
             if figure:
                 judged, (low, high) = verdict(runs, figure.interval)
+                judged = judged if len(runs) > 1 else "(one seed)"  # whose interval has no width
                 theirs = label(figure.value) + (f" ± {figure.std:g}" if figure.std else "")
                 where = f"{figure.source}, {figure.steps:,} steps"
             else:

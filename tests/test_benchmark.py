@@ -391,6 +391,7 @@ def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:
         assert (tmp_path / "results" / "curves.png").exists()
         assert (tmp_path / "results" / "peers.png").exists() == ("peers.png" in text) == (step > 0)
         assert "| CartPole-v1 | 475 | ppo | 1 of 1 | 1,000 | 10 |" in text
+        assert "| RL Zoo, 100,000 steps | (one seed) |" in text
     assert "| ppo | sb3-ppo | CartPole-v1 | 480 | 150.0 | 1.00 [1.00, 1.00] |" in text
     assert "| Own-v0 | ppo | 1,000 | 1.5 [1.0, 2.0] |  | none published |  |" in text
     assert "trust_regions" not in text
