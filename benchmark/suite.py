@@ -1,12 +1,16 @@
 """What is run: environments, budgets, and the flags of each (script, environment) where the defaults do not do.
 
-A name with a dash is a variant: the script before the dash, with flags of its own. The flags were chosen on seeds from
-11 on, which are not among the seeds that are reported (1 to 5).
+A name with a dash is a variant: the script before the dash, with flags of its own; or, if it begins with sb3-, a peer,
+which benchmark/peers.py runs. The flags were chosen on seeds from 11 on, which are not among the seeds that are
+reported (1 to 5).
 """
 
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1")
 MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+SUITES = {"classic": CLASSIC, "mujoco": MUJOCO}
+DISCRETE = ("CartPole-v1", "Acrobot-v1")  # DDPG needs an action to differentiate by
+PEERS = ("sb3-a2c", "sb3-ddpg", "sb3-trpo", "sb3-ppo")
 
 STEPS = {  # environment steps; 1M on MuJoCo
     ("reinforce", "CartPole-v1"): 200_000,
@@ -85,11 +89,36 @@ FLAGS = {
     ),
     **{("ppo", env): PPO_MUJOCO for env in MUJOCO},
 }
+VARIANTS = tuple(dict.fromkeys(script for script, _ in FLAGS if "-" in script))
+
+# Evaluated returns that count as learnt: where Gymnasium names one, its own, as far as our budgets reach it
+THRESHOLDS = {
+    "CartPole-v1": 475,
+    "Pendulum-v1": -200,
+    "Acrobot-v1": -100,
+    "InvertedPendulum-v5": 950,
+    "HalfCheetah-v5": 3000,
+    "Hopper-v5": 2000,
+    "Walker2d-v5": 2000,
+}
 
 
-def command(script: str, env: str, seed: int) -> list[str]:
-    """The command line of one run, run directory aside."""
-    steps = STEPS.get((script, env), 1_000_000 if env in MUJOCO else 300_000)
-    flags = FLAGS.get((script, env), "")
-    line = f"{script.partition('-')[0]}.py --env-id {env} --seed {seed} --total-timesteps {steps} {flags}"
-    return [*line.split(), "--eval-every", str(steps // 20), "--eval-episodes", str(EVAL_EPISODES.get(env, 20))]
+def applies(script: str, env: str) -> bool:
+    """Whether the method takes the environment's actions; a variant, whether it has flags for the environment."""
+    if script in VARIANTS:
+        return (script, env) in FLAGS
+    return not (script.removeprefix("sb3-") == "ddpg" and env in DISCRETE)
+
+
+def budget(script: str, env: str) -> int:
+    """Environment steps of a run; a peer has those of the script it is compared with."""
+    return STEPS.get((script.removeprefix("sb3-"), env), 1_000_000 if env in MUJOCO else 300_000)
+
+
+def command(script: str, env: str, seed: int, steps: int = 0) -> list[str]:
+    """The command line of one run, run directory aside; `steps` replaces the budget."""
+    steps = steps or budget(script, env)
+    peer, flags = script in PEERS, FLAGS.get((script, env), "")
+    program = f"-m benchmark.peers --algorithm {script[4:]}" if peer else f"{script.partition('-')[0]}.py"
+    line = f"{program} --env-id {env} --seed {seed} --total-timesteps {steps} {flags}"
+    return [*line.split(), "--eval-every", str(max(1, steps // 20)), "--eval-episodes", str(EVAL_EPISODES.get(env, 20))]
