@@ -212,25 +212,35 @@ def axes_for(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
 
 
 def draw_curve(axis: Any, curves: list[dict[str, float]], script: str) -> None:
-    """One curve with its interval; that of a variant or a peer is dashed, in the colour of its script."""
+    """One curve with its interval; that of a peer is dashed, in the colour of its script, as that of a variant is.
+
+    Where a script has a second variant, this is black and dotted.
+    """
     steps, mean, low, high = interval(curves)
     base = script.removeprefix("sb3-").partition("-")[0]
     style = STYLES[base] | ({"linestyle": "--", "fillstyle": "none"} if script != base else {})
+    if script in [name for name in suite.VARIANTS if name.partition("-")[0] == base][1:]:
+        style |= {"color": "#000000", "linestyle": ":"}
     axis.plot(steps, mean, label=script, **style)
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def finish(figure: Any, axes: list[Any], path: Path) -> None:
-    """Steps as 100k, one legend for all, in the place that is free."""
+def tidy(axes: list[Any]) -> None:
+    """Steps as 100k, a light grid."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    shown = [axis for axis in axes if axis.lines]
-    for axis in shown:
+    for axis in axes:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.set_xlim(left=0)
+
+
+def finish(figure: Any, axes: list[Any], path: Path) -> None:
+    """One legend for all, in the place that is free."""
+    shown = [axis for axis in axes if axis.lines]
+    tidy(shown)
     handles = {label: line for axis in shown for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = [name for name in NAMES if name in handles]
     axes[len(shown)].legend([handles[name] for name in order], order, loc="center", frameon=False, fontsize=9)
@@ -251,6 +261,31 @@ def draw_returns(results: Results, names: tuple[str, ...], path: Path) -> None:
     finish(figure, axes, path)
 
 
+def draw_variants(results: Results, path: Path) -> bool:
+    """Evaluated return of each script beside its variants, an axis for each environment that has them."""
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (env, [name for name in scripts if name.partition("-")[0] == base])
+        for env, scripts in results.items()
+        for base in suite.SCRIPTS
+        if base in scripts and any(name.startswith(f"{base}-") for name in scripts)
+    ]
+    if not panels:
+        return False
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels), 2.7), layout="constrained", squeeze=False)
+    for axis, (env, names) in zip(axes[0], panels, strict=True):
+        for name in names:
+            draw_curve(axis, [run["evaluations"] for run in results[env][name]], name)
+        axis.set_title(env, fontsize=10)
+        axis.set_xlabel("environment steps", fontsize=9)
+        axis.legend(frameon=False, fontsize=7, loc="lower right")
+    axes[0, 0].set_ylabel("evaluated return", fontsize=9)
+    tidy(axes[0])
+    figure.savefig(path, dpi=160)
+    return True
+
+
 def draw_trust_regions(results: Results, path: Path) -> bool:
     """Return and KL(π_old‖π) after each update; of PPO an estimate, the mean over the minibatches of the update."""
     import matplotlib.pyplot as plt
@@ -268,8 +303,7 @@ def draw_trust_regions(results: Results, path: Path) -> bool:
                 draw_curve(below, [run["diagnostics"][tag] for run in runs], script)
         above.set_title(env, fontsize=10)
         below.set(xlabel="environment steps", yscale="log")
-        for axis in (above, below):
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    tidy(axes.flat)
     axes[0, 0].set(ylabel="return")
     axes[1, 0].set(ylabel="KL(π_old‖π) of an update")
     lines = {label: x for axis in axes[0] for x, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -342,6 +376,7 @@ def text(results: Results, figures: list[str]) -> str:
         "Median over seeds, until the first evaluation (one every twentieth of the budget) that reaches it; seconds of "
         "training, without evaluations, imports and compilation. –: half of the seeds or more never do.",
         table_of_thresholds(results),
+        *(["## Variants", "![Evaluated returns of variants](variants.png)"] if "variants.png" in figures else []),
         *(["## Trust regions", "![Trust regions](trust_regions.png)"] if "trust_regions.png" in figures else []),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -358,11 +393,13 @@ def main(args: Args) -> None:
         print(f"no results in {folder}, so no report")
         return
     figures = ["curves.png"]
-    draw_returns(results, (*suite.SCRIPTS, *suite.VARIANTS), folder / "curves.png")
+    draw_returns(results, suite.SCRIPTS, folder / "curves.png")
     compared = {x for scripts in results.values() for p in suite.PEERS if p in scripts for x in (p, p[4:])}
     if compared:
         draw_returns(results, tuple(compared), folder / "peers.png")
         figures.append("peers.png")
+    if draw_variants(results, folder / "variants.png"):
+        figures.append("variants.png")
     if draw_trust_regions(results, folder / "trust_regions.png"):
         figures.append("trust_regions.png")
     (folder / "report.md").write_text(text(results, figures))
