@@ -62,8 +62,8 @@ FLAGS = {
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
     **{
         (script, "InvertedPendulum-v5"): (
-            "--num-envs 4 --num-steps 2048 --num-minibatches 32 --max-kl 0.005 --critic-learning-rate 1e-3 "
-            "--log-std-init -1 --normalize-obs --normalize-rewards"
+            "--num-envs 4 --num-steps 512 --num-minibatches 8 --max-kl 0.003 --critic-learning-rate 1e-3 "
+            "--log-std-init -1 --normalize-rewards"
         )
         for script in ("npg", "trpo")
     },
