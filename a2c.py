@@ -218,7 +218,7 @@ class RunningNorm(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
@@ -388,6 +388,8 @@ class Collector:
                 ended.append((t * self.num_envs + self.first + int(i) + 1, *self.episodes[i][:2]))
                 self.obs[i], _ = self.envs[i].reset()
                 self.episodes[i] = (0.0, 0, 0.0)
+        if not math.isfinite(sum(np.vdot(x, x) for x in (obs, next_obs, rewards))):  # quick: nan and inf outlive a sum
+            check_finite(step, {"obs": obs, "next_obs": next_obs, "rewards": rewards})
         arrays = (obs, next_obs, np.array(actions), rewards, terminated, dones, discounted_returns)
         return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
 
@@ -428,10 +430,27 @@ def broadcast(run: "Run") -> None:
 def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector) -> None:
     """The loop of A2C, and of each worker of A3C; `run` counts the steps and takes what is logged."""
     agent, optimizer, return_norm = run.parts.values()
-    loss = partial(
+    normalized_loss = partial(
         a2c_loss, agent, gamma=args.gamma, gae_lambda=args.gae_lambda, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
         normalize_advantages=args.normalize_advantages,
     )  # fmt: skip
+
+    def loss(*rollout: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # 3. scale the rewards
+        obs, next_obs, actions, rewards, terminated, dones, discounted_returns = rollout
+        if args.normalize_rewards:
+            return_norm.update(gather(discounted_returns))
+        rewards = rewards * return_norm.scale
+
+        # 4. advantages and returns, and the loss of the whole batch
+        inputs = agent.obs_norm(obs), agent.obs_norm(next_obs), actions, rewards, terminated, dones
+        result = normalized_loss(*inputs)
+
+        # 6. update the statistics, here in order to be a part of the graph of --compile
+        if args.normalize_obs:
+            agent.obs_norm.update(gather(obs))
+        return result
+
     update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
     device, steps = params[0].device, args.updates_per_iteration * args.batch_size
     while run.step < args.total_timesteps:
@@ -446,21 +465,11 @@ def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector
             # 2. run the policy
             rollout, episodes = collector.collect(agent, args.num_steps, run.step + taken)
             ended += [(taken + offset, *episode) for offset, *episode in episodes]
-            check_finite(run.step + taken, rollout._asdict())
-            raw_obs, next_obs, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
 
-            # 3. scale the rewards
-            if args.normalize_rewards:
-                return_norm.update(gather(discounted_returns))
-            rewards = rewards * return_norm.scale
+            # 3. to 6. the loss above, and one step on it
+            metrics.append(update(*(x.to(device) for x in rollout)))
 
-            # 4. and 5. advantages, returns, and one step on the whole batch
-            obs, next_obs = agent.obs_norm(raw_obs), agent.obs_norm(next_obs)
-            metrics.append(update(obs, next_obs, actions, rewards, terminated, dones))
-
-            # 6. update the statistics, log, evaluate, save
-            if args.normalize_obs:
-                agent.obs_norm.update(gather(raw_obs))
+        # 6. log, evaluate, save
         run.end_iteration(steps, ended, mean_metrics(metrics) | {"charts/learning_rate": learning_rate})
 
 
@@ -505,11 +514,14 @@ def work(
         def call(*args: Any) -> None:
             with lock:
                 function(*args)
-                local.data.copy_(theta.data)  # θ' ← θ
 
         return call
 
-    optimizer.step, return_norm.update = locked(optimizer.step), locked(return_norm.update)
+    def step(step: Callable = optimizer.step) -> None:
+        step()
+        local.data.copy_(theta.data)  # θ' ← θ
+
+    optimizer.step, return_norm.update = locked(step), locked(return_norm.update)
     agent.obs_norm.update = locked(agent.obs_norm.update)
     run = Worker(iteration, counter, reports, agent=agent, optimizer=optimizer, return_norm=return_norm)
     learn(args, run, params, Collector(make_envs(args.env_id, args.num_envs), args.gamma))
@@ -579,7 +591,7 @@ def train(args: Args) -> dict[str, float]:
     device = set_up("cpu" if args.asynchronous else args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, share)
     agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    return_norm = RunningNorm().to(device)
+    return_norm = RunningNorm(1).to(device)
     params = list(agent.parameters())
     if args.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop([flatten(params)], lr=args.learning_rate, eps=1e-5)

@@ -254,7 +254,7 @@ class RunningNorm(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
@@ -509,7 +509,7 @@ def train(args: Args) -> dict[str, float]:
         fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
     obs_dim, action_dim = len(agent.obs_norm.mean), 0 if agent.discrete else agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0, 0), device)
-    return_norm, stepper = RunningNorm().to(device), Stepper(envs, args.gamma)
+    return_norm, stepper = RunningNorm(1).to(device), Stepper(envs, args.gamma)
     parts = {"agent": agent, "return_norm": return_norm, "buffer": buffer}
 
     def updater(name: str, loss: Callable, net: nn.Module, learning_rate: float) -> tuple[Callable, Tensor]:

@@ -230,7 +230,7 @@ class RunningNorm(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(shape))
@@ -516,6 +516,8 @@ class Collector:
                 ended.append((t * self.num_envs + self.first + int(i) + 1, *self.episodes[i][:2]))
                 self.obs[i], _ = self.envs[i].reset()
                 self.episodes[i] = (0.0, 0, 0.0)
+        if not math.isfinite(sum(np.vdot(x, x) for x in (obs, next_obs, rewards))):  # quick: nan and inf outlive a sum
+            check_finite(step, {"obs": obs, "next_obs": next_obs, "rewards": rewards})
         arrays = (obs, next_obs, np.array(actions), rewards, terminated, dones, discounted_returns)
         return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
 
@@ -525,7 +527,7 @@ def train(args: Args) -> dict[str, float]:
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
     agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    return_norm = RunningNorm().to(device)
+    return_norm = RunningNorm(1).to(device)
     params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
     theta, dual = flatten(params), nn.Module()
     dual.multiplier = nn.Buffer(torch.ones((), device=device))  # λ of the constraint
@@ -549,7 +551,6 @@ def train(args: Args) -> dict[str, float]:
             if run.fresh_start:
                 collector.reset(args.seed, run.iteration)
             rollout, ended = collector.collect(agent, args.num_steps, run.step)
-            check_finite(run.step, rollout._asdict())
             ends = rollout.dones.clone()  # where V(s'_t) is not V(s_{t+1})
             ends[-1] = True
             last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))

@@ -172,6 +172,20 @@ def test_short_rollouts_share_a_point_in_the_log(tmp_path: Path):
     assert state(tmp_path / "run", "optimizer")[0].item() in (64, 0)
 
 
+def test_a_graph_updates_the_statistics():
+    """PyTorch 2.13 forgets what a graph writes into a float64 without dimensions: there must be none."""
+    torch.manual_seed(0)
+    eager, compiled = a2c.RunningNorm(1), a2c.RunningNorm(1)
+    update = torch.compile(compiled.update, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(5, 3)
+        eager.update(x)
+        update(x)
+    assert eager.count == 30
+    for name, buffer in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], buffer, msg=name)
+
+
 # -- several processes -------------------------------------------------------------------------------------------------
 
 FAILS_ON_RANK_1 = """
