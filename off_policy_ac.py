@@ -122,7 +122,7 @@ class Args:
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
-    log_std_init: float = 0.0  # log σ at the start, of u: the action is tanh(u)
+    log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
 
     def __post_init__(self) -> None:
         check_flags(self)
