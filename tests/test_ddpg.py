@@ -460,3 +460,17 @@ def test_learns_a_continuous_action(broken: bool, monkeypatch: pytest.MonkeyPatc
 def test_learns_pendulum(tmp_path: Path):
     args = ddpg.Args(device="cpu", eval_episodes=50, run_dir=str(tmp_path / "run"))
     assert ddpg.train(args)["eval/episodic_return"] > -190  # at random −1200
+
+
+def test_the_clock_starts_after_the_update_that_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Iterations of the warm-up compile nothing: neither they nor the first with an update count as training."""
+    args = ddpg.Args(compile=True, total_timesteps=10_000, run_dir=str(tmp_path / "run"), device="cpu")
+    with ddpg.Run(args, agent=torch.nn.Linear(1, 1)) as run:
+        run.end_iteration(200, [], {})
+        assert run.first_step == 200
+        assert "compiled" not in capsys.readouterr().out
+        run.end_iteration(200, [], {"losses/grad_norm": 1.0})
+        assert run.first_step == 400
+        assert "the first update compiled" in capsys.readouterr().out
+        run.end_iteration(200, [], {"losses/grad_norm": 1.0})
+        assert run.first_step == 400
