@@ -21,7 +21,7 @@ from Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
            With λ = 1, as in the paper, G_t is the discounted sum of the rewards in the rollout, and V from there on
         5. one step of RMSprop on −mean log π(a|s) A + vf_coef (V − G)² − ent_coef H
-        6. update the observation statistics, then log, evaluate and save
+        6. every log_interval steps: update the observation statistics, then log, evaluate and save
 
 A2C is synchronous: each update sees N environments in different states, which is what makes it stable. They can be
 shared out among the processes and machines of torchrun, which average their gradients: the same update, found together.
@@ -254,6 +254,24 @@ class Agent(nn.Module):
             self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
         self.critic = Critic(obs_dim, hidden_size)
 
+    def update_obs_norm(self, obs: Tensor) -> None:
+        """Adds raw observations (..., obs_dim) to the statistics, and keeps what the networks make of them as it was.
+
+        The first layers make up for the change: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as Pop-Art's
+        last layer does (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no
+        clipping nor bound on the KL would know. Not kept: what was before the first statistics, inputs beyond the clip
+        of ±10, and the slope where a deviation grows more than tenfold at once, as that of an input at rest does.
+        """
+        norm = self.obs_norm
+        known, mean, scale = norm.count > 0, norm.mean.clone(), norm.scale.clone()
+        norm.update(obs)
+        ratio = torch.where(known, scale / norm.scale, 1.0).clamp(max=10.0)
+        moved = (known * (norm.mean - mean) * norm.scale).to(scale.dtype)
+        with torch.no_grad():
+            for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
+                layer.weight.mul_(ratio)
+                layer.bias.add_(layer.weight @ moved)
+
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
         """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
 
@@ -443,13 +461,7 @@ def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector
         rewards = rewards * return_norm.scale
 
         # 4. advantages and returns, and the loss of the whole batch
-        inputs = agent.obs_norm(obs), agent.obs_norm(next_obs), actions, rewards, terminated, dones
-        result = normalized_loss(*inputs)
-
-        # 6. update the statistics, here in order to be a part of the graph of --compile
-        if args.normalize_obs:
-            agent.obs_norm.update(gather(obs))
-        return result
+        return normalized_loss(agent.obs_norm(obs), agent.obs_norm(next_obs), actions, rewards, terminated, dones)
 
     update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
     device, steps = params[0].device, args.updates_per_iteration * args.batch_size
@@ -460,16 +472,19 @@ def learn(args: Args, run: Any, params: list[nn.Parameter], collector: Collector
 
         if run.fresh_start:
             collector.reset(args.seed, run.iteration)
-        ended, metrics = [], []
+        metrics, seen, ended = [], [], []
         for taken in range(0, steps, args.batch_size):
             # 2. run the policy
             rollout, episodes = collector.collect(agent, args.num_steps, run.step + taken)
             ended += [(taken + offset, *episode) for offset, *episode in episodes]
+            seen.append(rollout.obs)
 
-            # 3. to 6. the loss above, and one step on it
+            # 3. to 5. the loss above, and one step on it
             metrics.append(update(*(x.to(device) for x in rollout)))
 
-        # 6. log, evaluate, save
+        # 6. update the statistics, log, evaluate, save
+        if args.normalize_obs:
+            agent.update_obs_norm(gather(torch.cat(seen).to(device)))
         run.end_iteration(steps, ended, mean_metrics(metrics) | {"charts/learning_rate": learning_rate})
 
 
@@ -504,11 +519,9 @@ def work(
         signal.signal(signum, signal.SIG_IGN)  # the main process hears them, and ends this one
     set_up("cpu", args.num_threads, args.seed)
     torch.set_rng_state(rng)
-    (theta,) = optimizer.param_groups[0]["params"]
     agent = deepcopy(shared)
     params = list(agent.parameters())
-    local = flatten(params)  # θ', of which the parameters of this agent are views
-    agent.obs_norm = shared.obs_norm
+    flatten(params)
 
     def locked(function: Callable) -> Callable:
         def call(*args: Any) -> None:
@@ -517,12 +530,15 @@ def work(
 
         return call
 
-    def step(step: Callable = optimizer.step) -> None:
-        step()
-        local.data.copy_(theta.data)  # θ' ← θ
+    def refreshed(function: Callable) -> Callable:
+        def call(*args: Any) -> None:
+            function(*args)
+            agent.load_state_dict(shared.state_dict())  # θ' ← θ, and the statistics
 
-    optimizer.step, return_norm.update = locked(step), locked(return_norm.update)
-    agent.obs_norm.update = locked(agent.obs_norm.update)
+        return locked(call)
+
+    optimizer.step, return_norm.update = refreshed(optimizer.step), locked(return_norm.update)
+    agent.update_obs_norm = refreshed(shared.update_obs_norm)
     run = Worker(iteration, counter, reports, agent=agent, optimizer=optimizer, return_norm=return_norm)
     learn(args, run, params, Collector(make_envs(args.env_id, args.num_envs), args.gamma))
     reports.put(None)

@@ -25,7 +25,7 @@ gradient); Sutton and Barto 2018, "Reinforcement Learning: An Introduction", cha
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)  (GAE eq. 16)
              monte_carlo  A_t = Σ_k γ^k δ_{t+k} = Σ_k γ^k r_{t+k} − V(s_t): V is a mere baseline, no bias, most variance
         4. one Adam step on the pseudo-loss −mean(log π(a_t|s_t) A_t) − ent_coef H
-        5. update the observation statistics; then log, evaluate and save
+        5. every log_interval steps: update the observation statistics, then log, evaluate and save
 
 No sum goes on past the end of an episode. If s' terminates the task, V(s') is 0; a time limit and the cut after T
 steps do not, so there V of the true successor counts.
@@ -256,6 +256,24 @@ class Agent(nn.Module):
         else:
             self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
         self.critic = Critic(obs_dim, hidden_size)
+
+    def update_obs_norm(self, obs: Tensor) -> None:
+        """Adds raw observations (..., obs_dim) to the statistics, and keeps what the networks make of them as it was.
+
+        The first layers make up for the change: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as Pop-Art's
+        last layer does (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no
+        clipping nor bound on the KL would know. Not kept: what was before the first statistics, inputs beyond the clip
+        of ±10, and the slope where a deviation grows more than tenfold at once, as that of an input at rest does.
+        """
+        norm = self.obs_norm
+        known, mean, scale = norm.count > 0, norm.mean.clone(), norm.scale.clone()
+        norm.update(obs)
+        ratio = torch.where(known, scale / norm.scale, 1.0).clamp(max=10.0)
+        moved = (known * (norm.mean - mean) * norm.scale).to(scale.dtype)
+        with torch.no_grad():
+            for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
+                layer.weight.mul_(ratio)
+                layer.bias.add_(layer.weight @ moved)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
         """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
@@ -501,7 +519,7 @@ def train(args: Args) -> dict[str, float]:
                 collector.reset(args.seed, run.iteration)
                 actor_trace = critic_trace = 0.0
 
-            metrics, seen, ended = [], [], []
+            metrics, seen, fitted, ended = [], [], [], []
             for step in range(0, args.updates_per_iteration * args.batch_size, args.batch_size):
                 # 1. run the policy
                 rollout, episodes = collector.collect(agent, args.num_steps, run.step + step)
@@ -511,6 +529,7 @@ def train(args: Args) -> dict[str, float]:
                 last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))
                 raw_obs, _, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
                 obs, ends = agent.obs_norm(raw_obs), ends.to(device)
+                seen.append(raw_obs)
                 if args.normalize_rewards:
                     return_norm.update(discounted_returns)
                 rewards = rewards * return_norm.scale
@@ -518,7 +537,7 @@ def train(args: Args) -> dict[str, float]:
                 # 2. fit the critic
                 values, next_values = state_values(agent.critic, obs, last_obs, ends)
                 targets = target(rewards, values, next_values, terminated, dones)
-                seen.append((values, targets))  # by a critic that has not seen this batch
+                fitted.append((values, targets))  # by a critic that has not seen this batch
                 fit = {}
                 for _ in range(fits):
                     fit = update_critic(obs, targets)
@@ -544,12 +563,10 @@ def train(args: Args) -> dict[str, float]:
                 else:
                     metrics.append(fit | update(obs, actions, advantages))
 
-                # 5. update the statistics
-                if args.normalize_obs:
-                    agent.obs_norm.update(raw_obs)
-
-            # log, evaluate, save
-            explained = explained_variance(*(torch.cat(x) for x in zip(*seen, strict=True)))
+            # 5. update the statistics, log, evaluate, save
+            if args.normalize_obs:
+                agent.update_obs_norm(torch.cat(seen))
+            explained = explained_variance(*(torch.cat(x) for x in zip(*fitted, strict=True)))
             more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
             run.end_iteration(len(metrics) * args.batch_size, ended, mean_metrics(metrics) | more)
         return run.finish()

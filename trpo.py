@@ -266,6 +266,24 @@ class Agent(nn.Module):
             self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
         self.critic = Critic(obs_dim, hidden_size)
 
+    def update_obs_norm(self, obs: Tensor) -> None:
+        """Adds raw observations (..., obs_dim) to the statistics, and keeps what the networks make of them as it was.
+
+        The first layers make up for the change: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as Pop-Art's
+        last layer does (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no
+        clipping nor bound on the KL would know. Not kept: what was before the first statistics, inputs beyond the clip
+        of ±10, and the slope where a deviation grows more than tenfold at once, as that of an input at rest does.
+        """
+        norm = self.obs_norm
+        known, mean, scale = norm.count > 0, norm.mean.clone(), norm.scale.clone()
+        norm.update(obs)
+        ratio = torch.where(known, scale / norm.scale, 1.0).clamp(max=10.0)
+        moved = (known * (norm.mean - mean) * norm.scale).to(scale.dtype)
+        with torch.no_grad():
+            for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
+                layer.weight.mul_(ratio)
+                layer.bias.add_(layer.weight @ moved)
+
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
         """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
 
@@ -604,7 +622,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 7. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(raw_obs)
+                agent.update_obs_norm(raw_obs)
             more = {"losses/explained_variance": explained, "charts/learning_rate": step_size}
             more |= {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
             run.end_iteration(args.batch_size, ended, mean_metrics(fits) | mean_metrics([more]))

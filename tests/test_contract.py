@@ -972,6 +972,36 @@ def test_sync_copies_a_definition_and_prints_what_differs(tmp_path: Path) -> Non
         assert "-x: int  # size" in sync.differences({"a.py": args, "b.py": other})
 
 
+# -- statistics of the observations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("off_policy_ac", "ddpg")])
+def test_statistics_leave_the_policy_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each iteration but the first; and nothing else updates them. (A replayed Q is bound to no old policy.)"""
+    module, moved, updates = importlib.import_module(name), [], []
+    update, update_obs_norm = module.RunningNorm.update, module.Agent.update_obs_norm
+
+    def counted(norm: Any, x: torch.Tensor) -> None:
+        updates.extend([x] * (len(norm.mean) > 1))  # not those of the rewards
+        update(norm, x)
+
+    def compared(agent: Any, obs: torch.Tensor) -> None:
+        def outputs() -> torch.Tensor:
+            seen = agent.obs_norm(obs)
+            return torch.cat([agent.actor.net(seen).flatten(), agent.critic.net(seen).flatten()]).detach()
+
+        before = outputs()
+        update_obs_norm(agent, obs)
+        moved.append(float((outputs() - before).abs().max()))
+
+    monkeypatch.setattr(module.RunningNorm, "update", counted)
+    monkeypatch.setattr(module.Agent, "update_obs_norm", compared)
+    train(name, "run", env_id="Pendulum-v1", num_envs=4, total_timesteps=2000, normalize_obs=True)
+    assert len(updates) == len(moved) > 2
+    assert moved[0] > 1e-2
+    assert max(moved[1:]) < 1e-5
+
+
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 

@@ -479,6 +479,41 @@ def test_running_norm_output_and_state():
     assert not list(norm.parameters())
 
 
+@BOTH
+def test_new_statistics_change_no_output(space: gym.Space):
+    """Of actor and critic, in exact arithmetic; the first statistics do change them, having nothing to keep."""
+    agent, rng = random_agent(3, space), np.random.default_rng(0)
+    obs = torch.from_numpy(rng.normal(size=(50, 3)))
+
+    def outputs() -> list[Tensor]:
+        seen = agent.obs_norm(obs)
+        assert seen.abs().max() < 10
+        return [agent.actor.net(seen).detach(), agent.critic(seen).detach()]
+
+    before, weight = outputs(), agent.actor.net[0].weight.clone()
+    agent.update_obs_norm(obs[:20] * torch.tensor([0.4, 1.0, 3.0]) + 0.3)
+    assert torch.equal(agent.actor.net[0].weight, weight)
+    assert all((new - old).abs().max() > 0.1 for new, old in zip(outputs(), before, strict=True))
+    for k in range(1, 6):
+        before, scale = outputs(), agent.obs_norm.scale.clone()
+        agent.update_obs_norm(torch.from_numpy(rng.normal(k, 1 + k, (10 * k, 3))))
+        assert (agent.obs_norm.scale / scale < 0.99).any()
+        for new, old in zip(outputs(), before, strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
+
+
+def test_an_input_that_was_at_rest_does_not_explode():
+    """Its deviation is 1e-4 at first. Of the networks' slope in it no more than ten times the weight is left."""
+    agent = random_agent(2, DISCRETE)
+    rest = torch.tensor([[0.0, 5.0], [1.0, 5.0]]).double()
+    agent.update_obs_norm(rest)
+    before, weight = agent.critic(agent.obs_norm(rest)), agent.critic.net[0].weight.clone()
+    agent.update_obs_norm(torch.tensor([[0.0, 4.0], [1.0, 8.0]]).double())
+    ratio = agent.critic.net[0].weight / weight
+    close(ratio, torch.tensor([1.0, 10.0]).expand_as(ratio), 1e-9)
+    close(agent.critic(agent.obs_norm(rest)), before, 1e-9)  # where all inputs were, all is as before
+
+
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
