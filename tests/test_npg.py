@@ -9,6 +9,7 @@ ppo.py, `actor_loss` that of actor_critic.py, word for word, and proved in their
 import itertools
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -436,7 +437,12 @@ def follow(space: gym.Space, patches: dict[str, Any] | None = None, **flags: Any
         agents.append(Agent(*args).double())
         for param in agents[0].actor.parameters():
             param.data.add_(0.3 * torch.randn_like(param))
+        agents[0].update_obs_norm = partial(spy_update_obs_norm, agents[0].update_obs_norm)
         return agents[0]
+
+    def spy_update_obs_norm(update_obs_norm: Callable, obs: Tensor) -> None:
+        seen.after = [frozen(agents[0].actor), frozen(agents[0].critic)]  # the new statistics change their parameters
+        update_obs_norm(obs)
 
     def frozen(net: nn.Module) -> nn.Module:
         return copy_of(net).requires_grad_(False)
@@ -462,7 +468,9 @@ def follow(space: gym.Space, patches: dict[str, Any] | None = None, **flags: Any
         return spy_update
 
     def spy_end(run: npg.Run, steps: int, ended: list, metrics: dict[str, float]) -> None:
-        pairs = [[net, frozen(now)] for net, now in zip(seen.before, (agents[0].actor, agents[0].critic), strict=True)]
+        if not flags.get("normalize_obs"):
+            seen.after = [frozen(agents[0].actor), frozen(agents[0].critic)]
+        pairs = zip(seen.before, seen.after, strict=True)
         iterations.append(Iteration(*pairs, seen.normalized, seen.rollout, seen.gae, seen.fits, metrics))
         end(run, steps, ended, metrics)
 

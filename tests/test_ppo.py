@@ -962,6 +962,8 @@ def test_the_gradient_steps_can_be_taken_by_a_second_road(flags: dict):
     optimizer = torch.optim.Adam(agent.parameters(), lr=1.0, eps=1e-5)
     metrics = defaultdict(list)
     for i, update in enumerate(run.updates):
+        if i and i % 12 == 0 and run.args.normalize_obs:
+            agent.update_obs_norm(run.rollouts[i // 12 - 1].obs)
         for param, then in zip(agent.parameters(), update.agent.parameters(), strict=True):
             close(param, then, 1e-4)
             param.data.copy_(then)  # rounding would grow from step to step
@@ -974,6 +976,8 @@ def test_the_gradient_steps_can_be_taken_by_a_second_road(flags: dict):
         optimizer.step()
         for name, number in numbers.items():
             metrics[name].append(number)
+    if run.args.normalize_obs:
+        agent.update_obs_norm(run.rollouts[-1].obs)
     for name, value in agent.named_parameters():
         close(value, run.checkpoint["agent"][name], 1e-4)
     assert max(metrics["grad_norm"]) > 0.5
