@@ -42,10 +42,9 @@ with any damping. (A policy that is nearly deterministic has F ≈ 0 and a step 
 shows it, and trpo.py looks.) A batch cannot tell that its gradient is mere noise, so steps that cost ε would never come
 to rest: √ε falls linearly to 0. Adam fits the critic, where GAE bounds its step; as there, the advantages come from the
 critic before the fit: one that has seen the rewards gives advantages that are too small. Advantages are normalised; the
-rule kl ignores their scale if ent_coef is 0. Observations and rewards can be scaled by running statistics (those of the
-observations move the policy too, and no ε bounds that: on InvertedPendulum-v5 it came to several times the KL of the
-step, and a policy that had held 1000 fell for good); a time limit bootstraps with V of the true successor; all episodes
-restart after a checkpoint, so that a resumed run is exact.
+rule kl ignores their scale if ent_coef is 0. Observations and rewards can be scaled by running statistics (new ones do
+not move the policy: update_obs_norm); a time limit bootstraps with V of the true successor; all episodes restart after
+a checkpoint, so that a resumed run is exact.
 
 Compare with actor_critic.py, which takes an Adam step along g, and trpo.py, which looks before it takes this step.
 

@@ -44,10 +44,9 @@ the KL of the first trial with any damping. A batch cannot tell that its gradien
 would never come to rest: √ε falls linearly to 0 (`dual` keeps ε, and lowers Adam's rate). Adam fits the critic, where
 GAE bounds its step; as there, the advantages come from the critic before the fit: one that has seen the rewards gives
 advantages that are too small. Advantages are normalised: `line_search` ignores their scale if ent_coef is 0, `dual`
-weighs them against λ. Observations and rewards can be scaled by running statistics (those of the observations move the
-policy too, and no ε bounds that: on InvertedPendulum-v5 it came to several times the KL of npg.py's step, and a policy
-that had held 1000 fell for good); a time limit bootstraps with V of the true successor; all episodes restart after a
-checkpoint, so that a resumed run is exact.
+weighs them against λ. Observations and rewards can be scaled by running statistics (new ones do not move the policy:
+update_obs_norm); a time limit bootstraps with V of the true successor; all episodes restart after a checkpoint, so that
+a resumed run is exact.
 
 Compare with npg.py, which takes the step without a look, and ppo.py, which clips ρ in the place of a bound on the KL.
 
