@@ -41,7 +41,9 @@ TRUST_MUJOCO = (
     "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs "
     "--normalize-rewards"
 )
-REPLAY_MUJOCO = "--hidden-size 128 --tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
+REPLAY_MUJOCO = (
+    "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
+)
 FLAGS = {
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("actor_critic-online", "CartPole-v1"): (
@@ -78,7 +80,7 @@ FLAGS = {
         )
         for env in MUJOCO
     },
-    **{("ddpg", env): REPLAY_MUJOCO for env in MUJOCO},
+    **{("ddpg", env): f"{REPLAY_MUJOCO} --learning-starts 25000" for env in MUJOCO},
     ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
     ("off_policy_ac", "Pendulum-v1"): "--num-envs 1 --ent-coef 0.003",
     **{
