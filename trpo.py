@@ -255,6 +255,8 @@ class RunningNorm(nn.Module):
 class Agent(nn.Module):
     """The policy, the critic, and the statistics that normalise what both of them see."""
 
+    settled_after = 100_000  # observations
+
     def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
         obs_dim, space = env.observation_space.shape[0], env.action_space
@@ -266,18 +268,19 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, hidden_size)
 
     def update_obs_norm(self, obs: Tensor) -> None:
-        """Adds raw observations (..., obs_dim) to the statistics, and keeps what the networks make of them as it was.
+        """Adds raw observations (..., obs_dim) to the statistics; once these are settled, no network's output changes.
 
-        The first layers make up for the change: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as Pop-Art's
-        last layer does (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no
-        clipping nor bound on the KL would know. Not kept: what was before the first statistics, inputs beyond the clip
-        of ±10, and the slope where a deviation grows more than tenfold at once, as that of an input at rest does.
+        The first layers make up for it: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as the last one does
+        in Pop-Art (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no clipping
+        nor bound on the KL would know. Inputs beyond the clip of ±10 aside, and the slope where a deviation grows more
+        than tenfold at once, as that of an input at rest does. At first outputs do change: a policy that kept for good
+        to the scale of its first falls would learn less.
         """
         norm = self.obs_norm
-        known, mean, scale = norm.count > 0, norm.mean.clone(), norm.scale.clone()
+        settled, mean, scale = norm.count >= self.settled_after, norm.mean.clone(), norm.scale.clone()
         norm.update(obs)
-        ratio = torch.where(known, scale / norm.scale, 1.0).clamp(max=10.0)
-        moved = (known * (norm.mean - mean) * norm.scale).to(scale.dtype)
+        ratio = torch.where(settled, scale / norm.scale, 1.0).clamp(max=10.0)
+        moved = (settled * (norm.mean - mean) * norm.scale).to(scale.dtype)
         with torch.no_grad():
             for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
                 layer.weight.mul_(ratio)
