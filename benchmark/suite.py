@@ -64,19 +64,14 @@ FLAGS = {
         for script in ("npg", "trpo")
     },
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
-    **{
-        (script, "InvertedPendulum-v5"): (
-            "--num-envs 4 --num-steps 512 --num-minibatches 8 --max-kl 0.003 --critic-learning-rate 1e-3 "
-            "--log-std-init -1 --normalize-rewards"
-        )
-        for script in ("npg", "trpo")
-    },
-    **{("trpo", env): f"{TRUST_MUJOCO} --max-kl 0.04" for env in ("Hopper-v5", "Walker2d-v5")},
+    ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04 --gamma 0.995",
+    ("trpo", "Walker2d-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     **{
         ("off_policy_ac", env): (
-            f"{REPLAY_MUJOCO} --num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"
+            f"{REPLAY_MUJOCO} --learning-starts 10000 --num-envs 1 --actor-update reparameterized --num-samples 1 "
+            "--ent-coef 0.1"
         )
         for env in MUJOCO
     },
