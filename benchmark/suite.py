@@ -64,6 +64,13 @@ FLAGS = {
         for script in ("npg", "trpo")
     },
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
+    **{
+        (script, "InvertedPendulum-v5"): (
+            "--num-envs 4 --num-steps 512 --num-minibatches 8 --max-kl 0.003 --critic-learning-rate 1e-3 "
+            "--log-std-init -1 --normalize-rewards"
+        )
+        for script in ("npg", "trpo")
+    },
     ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04 --gamma 0.995",
     ("trpo", "Walker2d-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
