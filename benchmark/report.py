@@ -214,13 +214,15 @@ def axes_for(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
 def draw_curve(axis: Any, curves: list[dict[str, float]], script: str) -> None:
     """One curve with its interval; that of a peer is dashed, in the colour of its script, as that of a variant is.
 
-    Where a script has a second variant, this is black and dotted.
+    Where a script has more variants, the second is black and dotted, the third grey with dots and dashes.
     """
     steps, mean, low, high = interval(curves)
     base = script.removeprefix("sb3-").partition("-")[0]
     style = STYLES[base] | ({"linestyle": "--", "fillstyle": "none"} if script != base else {})
-    if script in [name for name in suite.VARIANTS if name.partition("-")[0] == base][1:]:
-        style |= {"color": "#000000", "linestyle": ":"}
+    variants = [name for name in suite.VARIANTS if name.partition("-")[0] == base]
+    if script in variants:
+        own = ({}, {"color": "#000000", "linestyle": ":"}, {"color": "#888888", "linestyle": "-."})
+        style |= own[variants.index(script)]
     axis.plot(steps, mean, label=script, **style)
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -262,7 +264,7 @@ def draw_returns(results: Results, names: tuple[str, ...], path: Path) -> None:
 
 
 def draw_variants(results: Results, path: Path) -> bool:
-    """Evaluated return of each script beside its variants, an axis for each environment that has them."""
+    """Evaluated return of variants, an axis for each environment; beside them, the script if it has the same budget."""
     import matplotlib.pyplot as plt
 
     panels = [
@@ -275,7 +277,7 @@ def draw_variants(results: Results, path: Path) -> bool:
         return False
     figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels), 2.7), layout="constrained", squeeze=False)
     for axis, (env, names) in zip(axes[0], panels, strict=True):
-        for name in names:
+        for name in [name for name in names if suite.budget(name, env) == suite.budget(names[-1], env)]:
             draw_curve(axis, [run["evaluations"] for run in results[env][name]], name)
         axis.set_title(env, fontsize=10)
         axis.set_xlabel("environment steps", fontsize=9)

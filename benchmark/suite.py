@@ -13,6 +13,7 @@ MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 SUITES = {"classic": CLASSIC, "mujoco": MUJOCO}
 DISCRETE = ("CartPole-v1", "Acrobot-v1")  # DDPG needs an action to differentiate by
 PEERS = ("sb3-a2c", "sb3-ddpg", "sb3-trpo", "sb3-ppo")
+ACTOR_UPDATES = ("reparameterized", "importance", "resample")
 
 STEPS = {  # environment steps; 1M on MuJoCo
     ("reinforce", "CartPole-v1"): 200_000,
@@ -26,6 +27,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
     **{(script, "Pendulum-v1"): 100_000 for script in ("npg", "trpo", "ppo")},
     ("trpo-dual", "CartPole-v1"): 100_000,
     **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
+    **{(f"off_policy_ac-{kind}", "HalfCheetah-v5"): 30_000 for kind in ACTOR_UPDATES},
     **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},
     ("ddpg", "InvertedPendulum-v5"): 100_000,
     ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
@@ -88,6 +90,13 @@ FLAGS = {
     **{
         (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --ent-coef 0.003 --actor-update {kind}"
         for kind in ("reparameterized", "importance")
+    },
+    **{
+        (f"off_policy_ac-{kind}", "HalfCheetah-v5"): (
+            "--num-envs 1 --tau 0.005 --ent-coef 0.1 --no-normalize-obs --no-normalize-rewards --compile "
+            f"--actor-update {kind}"
+        )
+        for kind in ACTOR_UPDATES
     },
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
