@@ -975,8 +975,13 @@ def test_sync_copies_a_definition_and_prints_what_differs(tmp_path: Path) -> Non
 # -- statistics of the observations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("off_policy_ac", "ddpg")])
-def test_statistics_leave_the_policy_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ON_POLICY = [name for name in SCRIPTS if name not in ("off_policy_ac", "ddpg")]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [*((name, {}) for name in ON_POLICY), ("actor_critic", {"shared_network": True})]
+)
+def test_statistics_leave_the_policy_as_it_was(name: str, flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once they are settled; and nothing else updates them. (A replayed Q is bound to no old policy.)"""
     module, moved, updates = importlib.import_module(name), [], []
     update, update_obs_norm = module.RunningNorm.update, module.Agent.update_obs_norm
@@ -997,7 +1002,7 @@ def test_statistics_leave_the_policy_as_it_was(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(module.RunningNorm, "update", counted)
     monkeypatch.setattr(module.Agent, "update_obs_norm", compared)
     monkeypatch.setattr(module.Agent, "settled_after", 1)  # by the first iteration
-    train(name, "run", env_id="Pendulum-v1", num_envs=4, total_timesteps=2000, normalize_obs=True)
+    train(name, "run", env_id="Pendulum-v1", num_envs=4, total_timesteps=2000, normalize_obs=True, **flags)
     assert len(updates) == len(moved) > 2
     assert moved[0] > 1e-2
     assert max(moved[1:]) < 1e-5
