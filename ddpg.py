@@ -41,8 +41,8 @@ Compare with off_policy_ac.py: a stochastic policy, whose own noise explores; it
 noise.
 
     python ddpg.py
-    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --hidden-size 128 --tau 0.005 \
-        --no-normalize-obs --no-normalize-rewards --compile
+    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --learning-starts 25000 --hidden-size 256 \
+        --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
 """
 
 import math

@@ -3,8 +3,9 @@
 A name with a dash is a variant: the script before the dash, with flags of its own; or, if it begins with sb3-, a peer,
 which benchmark/peers.py runs. The flags were compared on seeds from 11 on, which are not among the seeds that are
 reported (1 to 5). But bad results on some of the reported seeds were the reason to look for others, for npg and trpo on
-InvertedPendulum-v5 (seed 1 also showed the cause), trpo on Hopper-v5 and Walker2d-v5, npg on Acrobot-v1, and
-off_policy_ac on Acrobot-v1 and Pendulum-v1; often one or two seeds were all there was time for.
+InvertedPendulum-v5 (seed 1 also showed the cause), trpo on Hopper-v5 and Walker2d-v5, npg on Acrobot-v1, ddpg on
+HalfCheetah-v5 and off_policy_ac on Acrobot-v1, Pendulum-v1 and HalfCheetah-v5; often one or two seeds were all there
+was time for.
 """
 
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
