@@ -25,7 +25,7 @@ gradient); Sutton and Barto 2018, "Reinforcement Learning: An Introduction", cha
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)  (GAE eq. 16)
              monte_carlo  A_t = Σ_k γ^k δ_{t+k} = Σ_k γ^k r_{t+k} − V(s_t): V is a mere baseline, no bias, most variance
         4. one Adam step on the pseudo-loss −mean(log π(a_t|s_t) A_t) − ent_coef H
-        5. every log_interval steps: update the observation statistics, then log, evaluate and save
+        5. every 128 steps, or each rollout if longer: update the observation statistics, then log, evaluate and save
 
 No sum goes on past the end of an episode. If s' terminates the task, V(s') is 0; a time limit and the cut after T
 steps do not, so there V of the true successor counts.
