@@ -292,8 +292,10 @@ def draw_trust_regions(results: Results, path: Path) -> bool:
     """Return and KL(π_old‖π) after each update; of PPO an estimate, the mean over the minibatches of the update."""
     import matplotlib.pyplot as plt
 
-    envs = [env for env, scripts in results.items() if {"npg", "trpo", "ppo"} <= scripts.keys()]
-    envs = [env for env in envs if all("diagnostics" in x for s in ("npg", "trpo", "ppo") for x in results[env][s])]
+    three = ("npg", "trpo", "ppo")
+    envs = [env for env in results if len({suite.budget(script, env) for script in three}) == 1]
+    envs = [env for env in envs if set(three) <= results[env].keys()]
+    envs = [env for env in envs if all("diagnostics" in run for script in three for run in results[env][script])]
     if not envs:
         return False
     figure, axes = plt.subplots(2, len(envs), figsize=(2.7 * len(envs), 5), layout="constrained", squeeze=False)

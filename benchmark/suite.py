@@ -35,23 +35,26 @@ STEPS = {  # environment steps; 1M on MuJoCo
 }
 EVAL_EPISODES = {"Pendulum-v1": 100, "Acrobot-v1": 100}  # 20 elsewhere; there, start states differ more than policies
 
+NARROW = "--log-std-init -1"
 PPO_MUJOCO = (
     "--num-envs 4 --num-steps 512 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 "
-    "--log-std-init -1 --normalize-obs --normalize-rewards --compile"
+    f"{NARROW} --normalize-obs --normalize-rewards --compile"
 )
 A2C_MUJOCO = "--learning-rate 1e-3 --normalize-obs --compile"
 TRUST_MUJOCO = (
-    "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs "
+    f"--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 {NARROW} --normalize-obs "
     "--normalize-rewards"
 )
 REPLAY_MUJOCO = (
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
 )
 FLAGS = {
+    ("reinforce", "Acrobot-v1"): "--normalize-obs",
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
+    ("actor_critic", "Acrobot-v1"): "--normalize-obs --normalize-rewards",
     ("actor_critic", "Pendulum-v1"): (
         "--num-envs 8 --num-steps 4 --learning-rate 2e-3 --critic-learning-rate 2e-3 --critic-epochs 1 --gamma 0.9 "
         "--gae-lambda 0.8 --log-std-init 2 --normalize-rewards"
@@ -74,8 +77,8 @@ FLAGS = {
         )
         for script in ("npg", "trpo")
     },
-    ("trpo", "Hopper-v5"): f"{TRUST_MUJOCO} --max-kl 0.04",
-    ("trpo", "Walker2d-v5"): f"{TRUST_MUJOCO} --max-kl 0.08",
+    ("trpo", "Hopper-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.04 --gamma 0.995"),
+    ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.04"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     **{
@@ -104,6 +107,7 @@ FLAGS = {
         "--ent-coef 0"
     ),
     **{("ppo", env): PPO_MUJOCO for env in MUJOCO},
+    ("ppo", "Hopper-v5"): PPO_MUJOCO.replace(NARROW, ""),
 }
 VARIANTS = tuple(dict.fromkeys(script for script, _ in FLAGS if "-" in script))
 
