@@ -398,6 +398,16 @@ def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_trust_regions_are_compared_at_equal_budgets(tmp_path: Path) -> None:
+    """On Acrobot-v1 PPO has three times the steps of the others."""
+    needs("matplotlib")
+    curve = {"500": 0.02, "1000": 0.01}
+    run = result([3.0])[0] | {"diagnostics": {"losses/kl": curve, "losses/approx_kl": curve}}
+    three = {script: [run] for script in ("npg", "trpo", "ppo")}
+    assert not report.draw_trust_regions({"Acrobot-v1": three}, tmp_path / "acrobot.png")
+    assert report.draw_trust_regions({"Hopper-v5": three}, tmp_path / "hopper.png")
+
+
 def test_the_committed_report_is_that_of_the_committed_results() -> None:
     needs("rliable")
     figures = [path.name for path in run.RESULTS.glob("*.png")]
