@@ -289,7 +289,10 @@ def draw_variants(results: Results, path: Path) -> bool:
 
 
 def draw_trust_regions(results: Results, path: Path) -> bool:
-    """Return and KL(π_old‖π) after each update; of PPO an estimate, the mean over the minibatches of the update."""
+    """Return, and of each update KL(π_old‖π), the accepted fraction of the step, and how well V explained the returns.
+
+    The KL of PPO is an estimate, the mean over the minibatches of the update.
+    """
     import matplotlib.pyplot as plt
 
     three = ("npg", "trpo", "ppo")
@@ -298,18 +301,27 @@ def draw_trust_regions(results: Results, path: Path) -> bool:
     envs = [env for env in envs if all("diagnostics" in run for script in three for run in results[env][script])]
     if not envs:
         return False
-    figure, axes = plt.subplots(2, len(envs), figsize=(2.7 * len(envs), 5), layout="constrained", squeeze=False)
-    for (above, below), env in zip(axes.T, envs, strict=True):
-        for script, runs in results[env].items():
-            if script in TRUST_REGIONS:
-                draw_curve(above, [run["evaluations"] for run in runs], script)
-                tag = "losses/approx_kl" if script == "ppo" else "losses/kl"
-                draw_curve(below, [run["diagnostics"][tag] for run in runs], script)
+    rows = {
+        "kl": "KL(π_old‖π) of an update",
+        "accepted_fraction": "accepted fraction",
+        "explained_variance": "explained variance",
+    }
+    figure, axes = plt.subplots(4, len(envs), figsize=(2.7 * len(envs), 8.6), layout="constrained", squeeze=False)
+    for (above, *below), env in zip(axes.T, envs, strict=True):
+        for script in (script for script in results[env] if script in TRUST_REGIONS):
+            runs = results[env][script]
+            draw_curve(above, [run["evaluations"] for run in runs], script)
+            for axis, name in zip(below, rows, strict=True):
+                tag = "losses/approx_kl" if (script, name) == ("ppo", "kl") else f"losses/{name}"
+                if tag in runs[0]["diagnostics"]:
+                    draw_curve(axis, [run["diagnostics"][tag] for run in runs], script)
         above.set_title(env, fontsize=10)
-        below.set(xlabel="environment steps", yscale="log")
+        below[0].set(yscale="log")
+        below[1].set(ylim=(0, 1.05))
+        below[2].set(ylim=(0, 1.05), xlabel="environment steps")
     tidy(axes.flat)
-    axes[0, 0].set(ylabel="return")
-    axes[1, 0].set(ylabel="KL(π_old‖π) of an update")
+    for axis, label in zip(axes[:, 0], ("return", *rows.values()), strict=True):
+        axis.set(ylabel=label)
     lines = {label: x for axis in axes[0] for x, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=160)

@@ -87,7 +87,7 @@ FLAGS = {
         for script in ("npg", "trpo")
     },
     ("trpo", "Hopper-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.04 --gamma 0.995"),
-    ("trpo", "Walker2d-v5"): f"{TRUST_MUJOCO} --max-kl 0.08",
+    ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.08"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
     **{
