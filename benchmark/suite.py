@@ -51,7 +51,7 @@ REPLAY_MUJOCO = (
 )
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
-    ("reinforce", "Acrobot-v1"): "--normalize-obs",
+    ("reinforce", "Acrobot-v1"): "--baseline time --normalize-obs",
     ("reinforce", "Pendulum-v1"): (
         "--num-envs 4 --learning-rate 5e-3 --gamma 0.9 --normalize-obs --normalize-advantages"
     ),
