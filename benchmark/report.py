@@ -281,7 +281,7 @@ def draw_variants(results: Results, path: Path) -> bool:
             draw_curve(axis, [run["evaluations"] for run in results[env][name]], name)
         axis.set_title(env, fontsize=10)
         axis.set_xlabel("environment steps", fontsize=9)
-        axis.legend(frameon=False, fontsize=7, loc="lower right")
+        axis.legend(frameon=False, fontsize=7, loc="best")
     axes[0, 0].set_ylabel("evaluated return", fontsize=9)
     tidy(axes[0])
     figure.savefig(path, dpi=160)
