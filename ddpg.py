@@ -107,6 +107,7 @@ class Args:
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
+    layer_norm: bool = False  # normalise the hidden units of Q, which bounds it where the buffer has no actions
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -133,12 +134,17 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
+def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float, layer_norm: bool = False) -> nn.Sequential:
+    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`.
+
+    With `layer_norm`, what enters a ReLU is shifted and scaled to mean 0 and deviation 1 over its units (Ba, Kiros and
+    Hinton 2016): no output is then larger than √hidden_size ‖w‖ + |b|, its weights and bias, whatever the input.
+    """
     layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    norm = [nn.LayerNorm(hidden_size, elementwise_affine=False)] if layer_norm else []
+    return nn.Sequential(layers[0], *norm, nn.ReLU(), layers[1], *norm, nn.ReLU(), layers[2])
 
 
 class DeterministicActor(nn.Module):
@@ -161,9 +167,9 @@ class DeterministicActor(nn.Module):
 class QCritic(nn.Module):
     """Action value Q(s, a) of continuous actions: (..., obs_dim) and (..., action_dim) to (...)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, layer_norm: bool) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0)
+        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0, layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
@@ -217,12 +223,12 @@ def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], 
 class DDPGAgent(nn.Module):
     """The policy and the critic, each with its target, and the statistics that normalise what they see."""
 
-    def __init__(self, env: gym.Env, hidden_size: int) -> None:
+    def __init__(self, env: gym.Env, hidden_size: int, layer_norm: bool) -> None:
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], math.prod(env.action_space.shape)
         self.obs_norm = RunningNorm(obs_dim)
         self.actor = DeterministicActor(obs_dim, action_dim, hidden_size)
-        self.critic = QCritic(obs_dim, action_dim, hidden_size)
+        self.critic = QCritic(obs_dim, action_dim, hidden_size, layer_norm)
         self.target_actor, self.target_critic = deepcopy(self.actor), deepcopy(self.critic)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
@@ -364,7 +370,7 @@ def train(args: Args) -> dict[str, float]:
         fail(f"{args.env_id} has actions {space}; Box of floats is supported here, Discrete in off_policy_ac.py")
     if not np.isfinite([space.low, space.high]).all():
         fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
-    agent = DDPGAgent(envs[0], args.hidden_size).to(device)
+    agent = DDPGAgent(envs[0], args.hidden_size, args.layer_norm).to(device)
     obs_dim, action_dim = len(agent.obs_norm.mean), agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0), device)
     return_norm, stepper = RunningNorm(1).to(device), Stepper(envs, args.gamma)

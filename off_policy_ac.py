@@ -122,6 +122,7 @@ class Args:
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
+    layer_norm: bool = False  # normalise the hidden units of Q, which bounds it where the buffer has no actions
     log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
 
     def __post_init__(self) -> None:
@@ -148,12 +149,17 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
+def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float, layer_norm: bool = False) -> nn.Sequential:
+    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`.
+
+    With `layer_norm`, what enters a ReLU is shifted and scaled to mean 0 and deviation 1 over its units (Ba, Kiros and
+    Hinton 2016): no output is then larger than √hidden_size ‖w‖ + |b|, its weights and bias, whatever the input.
+    """
     layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    norm = [nn.LayerNorm(hidden_size, elementwise_affine=False)] if layer_norm else []
+    return nn.Sequential(layers[0], *norm, nn.ReLU(), layers[1], *norm, nn.ReLU(), layers[2])
 
 
 class SoftmaxActor(nn.Module):
@@ -230,9 +236,9 @@ def log_slope(u: Tensor) -> Tensor:
 class QCritic(nn.Module):
     """Action value Q(s, a) of continuous actions: (..., obs_dim) and (..., action_dim) to (...)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, layer_norm: bool) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0)
+        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0, layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
@@ -241,9 +247,9 @@ class QCritic(nn.Module):
 class DiscreteQCritic(nn.Module):
     """Action values Q(s, ·) of all discrete actions: (..., obs_dim) to (..., A)."""
 
-    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
+    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int, layer_norm: bool) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim, hidden_size, num_actions, 1.0)
+        self.net = relu_mlp(obs_dim, hidden_size, num_actions, 1.0, layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs)
@@ -297,16 +303,16 @@ def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], 
 class OffPolicyAgent(nn.Module):
     """The policy, the critic with its target, and the statistics that normalise what they see."""
 
-    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
+    def __init__(self, env: gym.Env, hidden_size: int, layer_norm: bool, log_std_init: float) -> None:
         super().__init__()
         obs_dim, space = env.observation_space.shape[0], env.action_space
         self.obs_norm, self.discrete = RunningNorm(obs_dim), isinstance(space, spaces.Discrete)
         if self.discrete:
             self.actor = SoftmaxActor(obs_dim, int(space.n), hidden_size)
-            self.critic = DiscreteQCritic(obs_dim, int(space.n), hidden_size)
+            self.critic = DiscreteQCritic(obs_dim, int(space.n), hidden_size, layer_norm)
         else:
             self.actor = SquashedGaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
-            self.critic = QCritic(obs_dim, math.prod(space.shape), hidden_size)
+            self.critic = QCritic(obs_dim, math.prod(space.shape), hidden_size, layer_norm)
         self.target_critic = deepcopy(self.critic)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
@@ -501,7 +507,7 @@ def train(args: Args) -> dict[str, float]:
     """Runs off-policy actor-critic; gives the last value of each metric, the final evaluation among them."""
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    agent = OffPolicyAgent(envs[0], args.hidden_size, args.log_std_init).to(device)
+    agent = OffPolicyAgent(envs[0], args.hidden_size, args.layer_norm, args.log_std_init).to(device)
     if agent.discrete and args.actor_update == "reparameterized":
         fail(f"--actor-update reparameterized needs Box actions, but {args.env_id} has {envs[0].action_space}")
     space = envs[0].action_space
