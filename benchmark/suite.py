@@ -30,6 +30,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
     **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
     **{(f"off_policy_ac-{kind}", "HalfCheetah-v5"): 30_000 for kind in ACTOR_UPDATES},
     **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},
+    ("off_policy_ac-unnormalized", "HalfCheetah-v5"): 300_000,
     ("ddpg", "InvertedPendulum-v5"): 100_000,
     ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
 }
@@ -49,6 +50,7 @@ TRUST_MUJOCO = (
 REPLAY_MUJOCO = (
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
 )
+ONE_DRAW = "--num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # off_policy_ac on MuJoCo
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
     ("reinforce", "Acrobot-v1"): "--baseline time --normalize-obs",
@@ -57,7 +59,7 @@ FLAGS = {
     ),
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("reinforce", "HalfCheetah-v5"): f"--num-envs 4 {NARROW} --normalize-obs --normalize-advantages",
-    ("reinforce", "Hopper-v5"): "--normalize-obs --normalize-advantages",
+    **{("reinforce", env): "--normalize-obs --normalize-advantages" for env in ("Hopper-v5", "Walker2d-v5")},
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
@@ -67,11 +69,11 @@ FLAGS = {
         "--gae-lambda 0.8 --log-std-init 2 --normalize-rewards"
     ),
     ("actor_critic", "HalfCheetah-v5"): f"{ACTOR_CRITIC_MUJOCO} {NARROW}",
-    ("actor_critic", "Hopper-v5"): ACTOR_CRITIC_MUJOCO,
+    **{("actor_critic", env): ACTOR_CRITIC_MUJOCO for env in MUJOCO if env != "HalfCheetah-v5"},
     ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     ("a2c", "HalfCheetah-v5"): f"{A2C_MUJOCO} --num-steps 16 --log-std-init -1",
-    ("a2c", "Hopper-v5"): f"{A2C_MUJOCO} --num-steps 32",
+    **{("a2c", env): f"{A2C_MUJOCO} --num-steps 32" for env in MUJOCO if env != "HalfCheetah-v5"},
     ("npg", "Acrobot-v1"): "--num-steps 32 --gamma 0.995 --normalize-obs --normalize-rewards",
     ("trpo", "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards",
     **{
@@ -90,17 +92,9 @@ FLAGS = {
     ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.08"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
-    **{
-        ("off_policy_ac", env): (
-            f"{REPLAY_MUJOCO} --learning-starts 10000 --num-envs 1 --actor-update reparameterized --num-samples 1 "
-            "--ent-coef 0.1"
-        )
-        for env in MUJOCO
-    },
+    **{("off_policy_ac", env): f"{REPLAY_MUJOCO} --layer-norm --learning-starts 5000 {ONE_DRAW}" for env in MUJOCO},
     **{("ddpg", env): f"{REPLAY_MUJOCO} --learning-starts 25000" for env in MUJOCO},
-    ("off_policy_ac", "InvertedPendulum-v5"): (
-        f"{REPLAY_PENDULUM} --num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.01"
-    ),
+    ("off_policy_ac", "InvertedPendulum-v5"): f"{REPLAY_PENDULUM} {ONE_DRAW}".replace("0.1", "0.01"),
     ("ddpg", "InvertedPendulum-v5"): REPLAY_PENDULUM,
     ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
     ("off_policy_ac", "Pendulum-v1"): "--num-envs 1 --ent-coef 0.003",
@@ -115,6 +109,7 @@ FLAGS = {
         )
         for kind in ACTOR_UPDATES
     },
+    ("off_policy_ac-unnormalized", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 10000 {ONE_DRAW}",
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
         "--ent-coef 0"
