@@ -31,6 +31,10 @@ Actions are in units in which the bounds of a Box are ±1, for the policy, for Q
 keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
 Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
 
+The actor seeks the actions that Q rates too high, and the target y repeats Q's error; where the buffer has none like
+them, no reward corrects it. With `layer_norm`, the hidden units of Q are normalised, and it cannot rise without bound
+where it only extrapolates (Ball et al. 2023, arXiv 2302.02948).
+
 What departs from the papers, and why: Q sees the action in its first layer, not the second, and there is neither
 weight decay nor batch normalisation, as in most later implementations; the first actions are uniform, which fills the
 buffer with all of them; white noise is the default, which Fujimoto et al. 2018 found to do as well; observations and

@@ -44,6 +44,10 @@ must be able to leave σ where it does no harm. The buffer holds u, a = tanh(u):
 atanh, which is infinite where float32 rounds tanh(u) to 1, is never needed. As the first policy is nearly uniform,
 there is no separate phase of random actions.
 
+The policy seeks the actions that Q rates too high, and the target y repeats Q's error; where the buffer has none like
+them, no reward corrects it. With `layer_norm`, the hidden units of Q are normalised, and it cannot rise without bound
+where it only extrapolates (Ball et al. 2023, arXiv 2302.02948).
+
 What departs from Degris et al., and why: they learn V with gradient-TD and eligibility traces, which keeps linear
 critics from diverging; a target network does that for Q here, in the lecture's way. Observations and rewards are
 scaled by running statistics: where Q is near 100 for all actions, as on CartPole, and they differ by 1, a policy is
@@ -53,9 +57,9 @@ scaling). All episodes restart after a checkpoint, which holds the buffer too, s
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
     python off_policy_ac.py
-    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 10000 \
-        --hidden-size 256 --batch-size 256 --actor-update reparameterized --num-samples 1 --tau 0.005 --ent-coef 0.1 \
-        --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
+    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 5000 \
+        --hidden-size 256 --layer-norm --batch-size 256 --actor-update reparameterized --num-samples 1 --tau 0.005 \
+        --ent-coef 0.1 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
 """
 
 import math
