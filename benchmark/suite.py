@@ -50,6 +50,7 @@ TRUST_MUJOCO = (
 REPLAY_MUJOCO = (
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
 )
+REPLAY_LEGS = REPLAY_MUJOCO.replace("256", "128", 1).replace("--no-anneal-lr ", "")  # Hopper-v5 and Walker2d-v5
 ONE_DRAW = "--num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # off_policy_ac on MuJoCo
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
@@ -92,8 +93,13 @@ FLAGS = {
     ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.08"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
-    **{("off_policy_ac", env): f"{REPLAY_MUJOCO} --layer-norm --learning-starts 5000 {ONE_DRAW}" for env in MUJOCO},
-    **{("ddpg", env): f"{REPLAY_MUJOCO} --learning-starts 25000" for env in MUJOCO},
+    ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --layer-norm --learning-starts 5000 {ONE_DRAW}",
+    **{
+        ("off_policy_ac", env): f"{REPLAY_LEGS} --learning-starts 10000 {ONE_DRAW}"
+        for env in ("Hopper-v5", "Walker2d-v5")
+    },
+    ("ddpg", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000",
+    **{("ddpg", env): f"{REPLAY_LEGS} --learning-starts 25000" for env in ("Hopper-v5", "Walker2d-v5")},
     ("off_policy_ac", "InvertedPendulum-v5"): f"{REPLAY_PENDULUM} {ONE_DRAW}".replace("0.1", "0.01"),
     ("ddpg", "InvertedPendulum-v5"): REPLAY_PENDULUM,
     ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
