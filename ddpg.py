@@ -31,10 +31,6 @@ Actions are in units in which the bounds of a Box are ±1, for the policy, for Q
 keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
 Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
 
-The actor seeks the actions that Q rates too high, and the target y repeats Q's error; where the buffer has none like
-them, no reward corrects it. With `layer_norm`, the hidden units of Q are normalised, and it cannot rise without bound
-where it only extrapolates (Ball et al. 2023, arXiv 2302.02948).
-
 What departs from the papers, and why: Q sees the action in its first layer, not the second, and there is neither
 weight decay nor batch normalisation, as in most later implementations; the first actions are uniform, which fills the
 buffer with all of them; white noise is the default, which Fujimoto et al. 2018 found to do as well; observations and
@@ -111,7 +107,6 @@ class Args:
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
-    layer_norm: bool = False  # normalise the hidden units of Q, which bounds it where the buffer has no actions
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -138,17 +133,12 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float, layer_norm: bool = False) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`.
-
-    With `layer_norm`, what enters a ReLU is shifted and scaled to mean 0 and deviation 1 over its units (Ba, Kiros and
-    Hinton 2016): no output is then larger than √hidden_size ‖w‖ + |b|, its weights and bias, whatever the input.
-    """
+def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
     layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
-    norm = [nn.LayerNorm(hidden_size, elementwise_affine=False)] if layer_norm else []
-    return nn.Sequential(layers[0], *norm, nn.ReLU(), layers[1], *norm, nn.ReLU(), layers[2])
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 class DeterministicActor(nn.Module):
@@ -171,9 +161,9 @@ class DeterministicActor(nn.Module):
 class QCritic(nn.Module):
     """Action value Q(s, a) of continuous actions: (..., obs_dim) and (..., action_dim) to (...)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, layer_norm: bool) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0, layer_norm)
+        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
@@ -227,12 +217,12 @@ def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], 
 class DDPGAgent(nn.Module):
     """The policy and the critic, each with its target, and the statistics that normalise what they see."""
 
-    def __init__(self, env: gym.Env, hidden_size: int, layer_norm: bool) -> None:
+    def __init__(self, env: gym.Env, hidden_size: int) -> None:
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], math.prod(env.action_space.shape)
         self.obs_norm = RunningNorm(obs_dim)
         self.actor = DeterministicActor(obs_dim, action_dim, hidden_size)
-        self.critic = QCritic(obs_dim, action_dim, hidden_size, layer_norm)
+        self.critic = QCritic(obs_dim, action_dim, hidden_size)
         self.target_actor, self.target_critic = deepcopy(self.actor), deepcopy(self.critic)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
@@ -374,7 +364,7 @@ def train(args: Args) -> dict[str, float]:
         fail(f"{args.env_id} has actions {space}; Box of floats is supported here, Discrete in off_policy_ac.py")
     if not np.isfinite([space.low, space.high]).all():
         fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
-    agent = DDPGAgent(envs[0], args.hidden_size, args.layer_norm).to(device)
+    agent = DDPGAgent(envs[0], args.hidden_size).to(device)
     obs_dim, action_dim = len(agent.obs_norm.mean), agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0), device)
     return_norm, stepper = RunningNorm(1).to(device), Stepper(envs, args.gamma)

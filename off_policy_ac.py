@@ -44,10 +44,6 @@ must be able to leave σ where it does no harm. The buffer holds u, a = tanh(u):
 atanh, which is infinite where float32 rounds tanh(u) to 1, is never needed. As the first policy is nearly uniform,
 there is no separate phase of random actions.
 
-The policy seeks the actions that Q rates too high, and the target y repeats Q's error; where the buffer has none like
-them, no reward corrects it. With `layer_norm`, the hidden units of Q are normalised, and it cannot rise without bound
-where it only extrapolates (Ball et al. 2023, arXiv 2302.02948).
-
 What departs from Degris et al., and why: they learn V with gradient-TD and eligibility traces, which keeps linear
 critics from diverging; a target network does that for Q here, in the lecture's way. Observations and rewards are
 scaled by running statistics: where Q is near 100 for all actions, as on CartPole, and they differ by 1, a policy is
@@ -57,9 +53,9 @@ scaling). All episodes restart after a checkpoint, which holds the buffer too, s
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
     python off_policy_ac.py
-    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 5000 \
-        --hidden-size 256 --layer-norm --batch-size 256 --actor-update reparameterized --num-samples 1 --tau 0.005 \
-        --ent-coef 0.1 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
+    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 10000 \
+        --hidden-size 256 --batch-size 256 --actor-update reparameterized --num-samples 1 --tau 0.005 --ent-coef 0.1 \
+        --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
 """
 
 import math
@@ -126,7 +122,6 @@ class Args:
     normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
     normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers of each network
-    layer_norm: bool = False  # normalise the hidden units of Q, which bounds it where the buffer has no actions
     log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
 
     def __post_init__(self) -> None:
@@ -153,17 +148,12 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
     return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
 
 
-def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float, layer_norm: bool = False) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`.
-
-    With `layer_norm`, what enters a ReLU is shifted and scaled to mean 0 and deviation 1 over its units (Ba, Kiros and
-    Hinton 2016): no output is then larger than √hidden_size ‖w‖ + |b|, its weights and bias, whatever the input.
-    """
+def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
     layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
-    norm = [nn.LayerNorm(hidden_size, elementwise_affine=False)] if layer_norm else []
-    return nn.Sequential(layers[0], *norm, nn.ReLU(), layers[1], *norm, nn.ReLU(), layers[2])
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 class SoftmaxActor(nn.Module):
@@ -240,9 +230,9 @@ def log_slope(u: Tensor) -> Tensor:
 class QCritic(nn.Module):
     """Action value Q(s, a) of continuous actions: (..., obs_dim) and (..., action_dim) to (...)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, layer_norm: bool) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0, layer_norm)
+        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
@@ -251,9 +241,9 @@ class QCritic(nn.Module):
 class DiscreteQCritic(nn.Module):
     """Action values Q(s, ·) of all discrete actions: (..., obs_dim) to (..., A)."""
 
-    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int, layer_norm: bool) -> None:
+    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
         super().__init__()
-        self.net = relu_mlp(obs_dim, hidden_size, num_actions, 1.0, layer_norm)
+        self.net = relu_mlp(obs_dim, hidden_size, num_actions, 1.0)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs)
@@ -307,16 +297,16 @@ def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], 
 class OffPolicyAgent(nn.Module):
     """The policy, the critic with its target, and the statistics that normalise what they see."""
 
-    def __init__(self, env: gym.Env, hidden_size: int, layer_norm: bool, log_std_init: float) -> None:
+    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
         super().__init__()
         obs_dim, space = env.observation_space.shape[0], env.action_space
         self.obs_norm, self.discrete = RunningNorm(obs_dim), isinstance(space, spaces.Discrete)
         if self.discrete:
             self.actor = SoftmaxActor(obs_dim, int(space.n), hidden_size)
-            self.critic = DiscreteQCritic(obs_dim, int(space.n), hidden_size, layer_norm)
+            self.critic = DiscreteQCritic(obs_dim, int(space.n), hidden_size)
         else:
             self.actor = SquashedGaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
-            self.critic = QCritic(obs_dim, math.prod(space.shape), hidden_size, layer_norm)
+            self.critic = QCritic(obs_dim, math.prod(space.shape), hidden_size)
         self.target_critic = deepcopy(self.critic)
 
     def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
@@ -511,7 +501,7 @@ def train(args: Args) -> dict[str, float]:
     """Runs off-policy actor-critic; gives the last value of each metric, the final evaluation among them."""
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    agent = OffPolicyAgent(envs[0], args.hidden_size, args.layer_norm, args.log_std_init).to(device)
+    agent = OffPolicyAgent(envs[0], args.hidden_size, args.log_std_init).to(device)
     if agent.discrete and args.actor_update == "reparameterized":
         fail(f"--actor-update reparameterized needs Box actions, but {args.env_id} has {envs[0].action_space}")
     space = envs[0].action_space

@@ -222,7 +222,7 @@ def draw_curve(axis: Any, curves: list[dict[str, float]], script: str) -> None:
     variants = [name for name in suite.VARIANTS if name.partition("-")[0] == base]
     if script in variants:
         own = ({}, {"color": "#000000", "linestyle": ":"}, {"color": "#888888", "linestyle": "-."})
-        style |= own[variants.index(script) % 3]
+        style |= own[variants.index(script)]
     axis.plot(steps, mean, label=script, **style)
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -267,19 +267,17 @@ def draw_variants(results: Results, path: Path) -> bool:
     """Evaluated return of variants, an axis for each environment; beside them, the script if it has the same budget."""
     import matplotlib.pyplot as plt
 
-    panels = {}
-    for env, scripts in results.items():
-        for name in [name for name in scripts if name in suite.VARIANTS]:
-            base = name.partition("-")[0]
-            panel = panels.setdefault((env, base, suite.budget(name, env)), [])
-            if not panel and base in scripts and suite.budget(base, env) == suite.budget(name, env):
-                panel.append(base)
-            panel.append(name)
+    panels = [
+        (env, [name for name in scripts if name.partition("-")[0] == base])
+        for env, scripts in results.items()
+        for base in suite.SCRIPTS
+        if base in scripts and any(name.startswith(f"{base}-") for name in scripts)
+    ]
     if not panels:
         return False
     figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels), 2.7), layout="constrained", squeeze=False)
-    for axis, ((env, *_), names) in zip(axes[0], panels.items(), strict=True):
-        for name in names:
+    for axis, (env, names) in zip(axes[0], panels, strict=True):
+        for name in [name for name in names if suite.budget(name, env) == suite.budget(names[-1], env)]:
             draw_curve(axis, [run["evaluations"] for run in results[env][name]], name)
         axis.set_title(env, fontsize=10)
         axis.set_xlabel("environment steps", fontsize=9)

@@ -11,6 +11,7 @@ often one or two seeds were all there was time for.
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1")
 MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+LEGS = ("Hopper-v5", "Walker2d-v5")  # which can fall
 SUITES = {"classic": CLASSIC, "mujoco": MUJOCO}
 DISCRETE = ("CartPole-v1", "Acrobot-v1")  # DDPG needs an action to differentiate by
 PEERS = ("sb3-a2c", "sb3-ddpg", "sb3-trpo", "sb3-ppo")
@@ -30,7 +31,6 @@ STEPS = {  # environment steps; 1M on MuJoCo
     **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
     **{(f"off_policy_ac-{kind}", "HalfCheetah-v5"): 30_000 for kind in ACTOR_UPDATES},
     **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},
-    ("off_policy_ac-unnormalized", "HalfCheetah-v5"): 300_000,
     ("ddpg", "InvertedPendulum-v5"): 100_000,
     ("off_policy_ac", "InvertedPendulum-v5"): 100_000,
 }
@@ -50,7 +50,7 @@ TRUST_MUJOCO = (
 REPLAY_MUJOCO = (
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
 )
-REPLAY_LEGS = REPLAY_MUJOCO.replace("256", "128", 1).replace("--no-anneal-lr ", "")  # Hopper-v5 and Walker2d-v5
+REPLAY_LEGS = REPLAY_MUJOCO.replace("256", "128", 1).replace("--no-anneal-lr ", "")
 ONE_DRAW = "--num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # off_policy_ac on MuJoCo
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
@@ -60,7 +60,7 @@ FLAGS = {
     ),
     ("reinforce", "InvertedPendulum-v5"): "--baseline time --normalize-obs --log-std-init -0.5",
     ("reinforce", "HalfCheetah-v5"): f"--num-envs 4 {NARROW} --normalize-obs --normalize-advantages",
-    **{("reinforce", env): "--normalize-obs --normalize-advantages" for env in ("Hopper-v5", "Walker2d-v5")},
+    **{("reinforce", env): "--normalize-obs --normalize-advantages" for env in LEGS},
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
     ),
@@ -93,13 +93,10 @@ FLAGS = {
     ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.08"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
-    ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --layer-norm --learning-starts 5000 {ONE_DRAW}",
-    **{
-        ("off_policy_ac", env): f"{REPLAY_LEGS} --learning-starts 10000 {ONE_DRAW}"
-        for env in ("Hopper-v5", "Walker2d-v5")
-    },
+    ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 10000 {ONE_DRAW}",
     ("ddpg", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000",
-    **{("ddpg", env): f"{REPLAY_LEGS} --learning-starts 25000" for env in ("Hopper-v5", "Walker2d-v5")},
+    **{("off_policy_ac", env): f"{REPLAY_LEGS} --learning-starts 10000 {ONE_DRAW}" for env in LEGS},
+    **{("ddpg", env): f"{REPLAY_LEGS} --learning-starts 25000" for env in LEGS},
     ("off_policy_ac", "InvertedPendulum-v5"): f"{REPLAY_PENDULUM} {ONE_DRAW}".replace("0.1", "0.01"),
     ("ddpg", "InvertedPendulum-v5"): REPLAY_PENDULUM,
     ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
@@ -115,7 +112,6 @@ FLAGS = {
         )
         for kind in ACTOR_UPDATES
     },
-    ("off_policy_ac-unnormalized", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 10000 {ONE_DRAW}",
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
         "--ent-coef 0"

@@ -34,9 +34,9 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def new_agent(obs_dim: int, space: gym.Space, hidden_size: int = 5, layer_norm: bool = False) -> ddpg.DDPGAgent:
+def new_agent(obs_dim: int, space: gym.Space, hidden_size: int = 5) -> ddpg.DDPGAgent:
     env = SimpleNamespace(observation_space=spaces.Box(-1, 1, (obs_dim,)), action_space=space)
-    return ddpg.DDPGAgent(env, hidden_size, layer_norm)
+    return ddpg.DDPGAgent(env, hidden_size)
 
 
 def random_agent(obs_dim: int, space: gym.Space) -> ddpg.DDPGAgent:

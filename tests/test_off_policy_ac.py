@@ -44,11 +44,9 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def new_agent(
-    obs_dim: int, space: gym.Space, hidden_size: int = 5, layer_norm: bool = False
-) -> off_policy_ac.OffPolicyAgent:
+def new_agent(obs_dim: int, space: gym.Space, hidden_size: int = 5) -> off_policy_ac.OffPolicyAgent:
     env = SimpleNamespace(observation_space=spaces.Box(-1, 1, (obs_dim,)), action_space=space)
-    return off_policy_ac.OffPolicyAgent(env, hidden_size, layer_norm, -0.3).double()
+    return off_policy_ac.OffPolicyAgent(env, hidden_size, -0.3).double()
 
 
 def random_agent(obs_dim: int, space: gym.Space) -> off_policy_ac.OffPolicyAgent:
@@ -375,28 +373,6 @@ def test_noise_and_choice_draw_from_the_policy():
     assert np.abs(agent.policy()(obs, 1e3)).max() <= 1
 
 
-@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (2,)), spaces.Discrete(3)], ids=["box", "discrete"])
-def test_layer_norm_by_hand_and_it_bounds_q(space: gym.Space):
-    critics = {flag: new_agent(3, space, 8, layer_norm=flag).critic for flag in (False, True)}
-    for critic in critics.values():
-        for param in critic.parameters():
-            param.data = 0.5 * torch.randn_like(param)
-    x = 10 ** torch.linspace(-2, 6, 9, dtype=torch.float64)[:, None] * torch.randn(9, 3 + 2 * (space.shape == (2,)))
-    q = {flag: critic(x) if x.shape[-1] == 3 else critic(x[:, :3], x[:, 3:]) for flag, critic in critics.items()}
-
-    w1, b1, w2, b2, w3, b3 = (param.detach().numpy() for param in critics[True].parameters())
-    hidden = x.numpy()
-    for w, b in ((w1, b1), (w2, b2)):
-        hidden = hidden @ w.T + b
-        mean, var = hidden.mean(-1, keepdims=True), hidden.var(-1, keepdims=True)
-        hidden = np.maximum((hidden - mean) / np.sqrt(var + 1e-5), 0)
-    close(q[True].reshape(9, -1), hidden @ w3.T + b3)
-
-    limit = np.sqrt(8) * np.linalg.norm(w3, axis=-1) + np.abs(b3)
-    assert (q[True].reshape(9, -1).abs().detach().numpy() <= limit).all()
-    assert q[False].abs().max() > 1e4
-
-
 def test_acting_in_numpy_is_the_network_with_its_normaliser():
     agent, obs = random_agent(3, BOX2).float(), 20 * torch.randn(50, 3)
     for _ in range(2):
@@ -410,7 +386,7 @@ def test_acting_in_numpy_is_the_network_with_its_normaliser():
 def test_the_first_policy_is_nearly_uniform():
     for space in (spaces.Discrete(4), BOX2):
         env = SimpleNamespace(observation_space=spaces.Box(-1, 1, (3,)), action_space=space)
-        agent = off_policy_ac.OffPolicyAgent(env, 64, False, 0.0)
+        agent = off_policy_ac.OffPolicyAgent(env, 64, 0.0)
         out = agent.actor.net(torch.randn(500, 3))
         if agent.discrete:
             assert (out.softmax(-1) - 0.25).abs().max() < 0.02
