@@ -5,7 +5,8 @@ which benchmark/peers.py runs. The flags were compared on seeds from 11 on, whic
 reported (1 to 5). But bad results on some of the reported seeds were the reason to look for others, for npg and trpo on
 InvertedPendulum-v5 (seed 1 also showed the cause), trpo on Hopper-v5 and Walker2d-v5, ppo on Hopper-v5, npg, reinforce
 and actor_critic on Acrobot-v1, ddpg on HalfCheetah-v5 and off_policy_ac on Acrobot-v1, Pendulum-v1 and HalfCheetah-v5;
-often one or two seeds were all there was time for.
+often one or two seeds were all there was time for. On Walker2d-v5, reinforce, actor_critic, a2c, ddpg and off_policy_ac
+have the flags of Hopper-v5, untried.
 """
 
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
