@@ -20,8 +20,9 @@ Control Using Generalized Advantage Estimation" (GAE); conjugate gradient and st
         2. run the policy π_old for T steps in each of N environments
         3. scale the rewards by the running deviation of the discounted return
         4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
-        5. θ ← θ + α F⁻¹g, where g = ∇ mean(log π(a|s) A) + ent_coef ∇H and F = E[∇ log π ∇ log πᵀ], which is also the
-           Hessian of KL(π_old‖π); conjugate gradient solves F x = g with products F v alone; α (step_rule) is
+        5. L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s);  θ ← θ + α F⁻¹g, where g is ∇L at π_old, that is
+           mean ∇log π(a|s) A + ent_coef ∇H, and F = E[∇ log π ∇ log πᵀ], which is also the Hessian of KL(π_old‖π);
+           conjugate gradient solves F x = g with products F v alone; α (step_rule) is
              kl     √(2ε / gᵀF⁻¹g), ε = max_kl: every step costs ε, as far as KL ≈ ½ dθᵀF dθ holds
              fixed  step_size, as in the paper: where the gradient is small, so is the change
         6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
@@ -34,7 +35,8 @@ Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they
 order, two of them lack the ½; and it is KL(π_old‖π), which has the Hessian of their KL(π‖π_old), but not its values.
 
 If g is 0, a curvature is not positive or the step is not finite, there is no step, and accepted_fraction is 0 in the
-log; policy_loss and entropy there are those before the step. A loss or a KL that is not finite ends the run.
+log. There losses/kl is the closed form after the step, policy_loss and entropy are those after it, and improvement is
+the growth of L, which may be negative: nobody looks. A loss or a KL that is not finite ends the run.
 
 What departs from the sources, and why: step t of an episode does not count γ^t times (reinforce.py tells why); damping
 is added to F, which is nearly singular, and so xᵀF x stands in α in the place of gᵀF⁻¹g: to second order ε is the KL
@@ -351,14 +353,6 @@ def kl_divergence(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
     return (gaussian_kl if len(new) == 2 else categorical_kl)(*old, *new).mean()
 
 
-def divergences(
-    actor: nn.Module, obs: Tensor, actions: Tensor, old: tuple[Tensor, ...], old_logprobs: Tensor
-) -> dict[str, Tensor]:
-    """KL(π_old‖π) in closed form, and approx_kl = mean((ρ − 1) − log ρ), ρ = π / π_old, its estimate in ppo.py."""
-    logratio = actor(obs, actions)[0] - old_logprobs
-    return {"kl": kl_divergence(old, distribution(actor, obs)), "approx_kl": (logratio.exp() - 1 - logratio).mean()}
-
-
 def flat_grad(output: Tensor, params: Sequence[Tensor], **kwargs: bool) -> Tensor:
     """The gradient by all params, in one row."""
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **kwargs)])
@@ -423,14 +417,19 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> tuple[Tensor, dic
     return loss, {"value_loss": loss}
 
 
-def actor_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, advantages: Tensor, *, ent_coef: float
+def surrogate_loss(
+    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, *old: Tensor, ent_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """−mean(log π(a|s) A) − ent_coef H, A is a constant: minus its gradient is the estimate of ∇J, if ent_coef is 0."""
-    logprobs, entropy = agent.actor(obs, actions)
-    assert logprobs.shape == advantages.shape
-    policy_loss, entropy = -(logprobs * advantages.detach()).mean(), entropy.mean()
-    return policy_loss - ent_coef * entropy, {"policy_loss": policy_loss, "entropy": entropy}
+    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and what to log of it.
+
+    `old` is the `distribution` of π_old. There, minus the gradient is the estimate of ∇J, if ent_coef is 0.
+    """
+    new_logprobs, entropy = agent.actor(obs, actions)
+    assert new_logprobs.shape == old_logprobs.shape == advantages.shape
+    logratio, entropy = new_logprobs - old_logprobs, entropy.mean()
+    policy_loss, approx_kl = -(logratio.exp() * advantages).mean(), (logratio.exp() - 1 - logratio).mean()
+    metrics = {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl}
+    return policy_loss - ent_coef * entropy, metrics | {"kl": kl_divergence(old, distribution(agent.actor, obs))}
 
 
 def state_values(critic: nn.Module, obs: Tensor, last_obs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -546,21 +545,26 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_advantages:
                 advantages = normalize(advantages)
 
-            # 5. one step of the policy
+            # 5. the policy's step
             with torch.no_grad():
                 old, (old_logprobs, _) = distribution(agent.actor, obs), agent.actor(obs, actions)
-            loss, metrics = actor_loss(agent, obs, actions, advantages, ent_coef=args.ent_coef)
-            policy_grad, product = -flat_grad(loss, params), fisher_vector_product(agent.actor, obs, params)
+            batch = (obs, actions, old_logprobs, advantages, *old)
+            surrogate = partial(surrogate_loss, agent, *batch, ent_coef=args.ent_coef)
+            old_loss, _ = surrogate()
+            policy_grad = -flat_grad(old_loss, params)
+            product = fisher_vector_product(agent.actor, obs, params)
             step_direction, curvature = natural_gradient(product, policy_grad, args.cg_iterations, args.damping)
-            fixed = torch.full_like(curvature, left * args.step_size)
-            step_size = kl_step_size(curvature, max_kl) if args.step_rule == "kl" else fixed
+            step_size = kl_step_size(curvature, max_kl)
+            if args.step_rule == "fixed":
+                step_size = torch.full_like(curvature, left * args.step_size)
             step = step_size * step_direction
             accepted = (curvature > 0) & step.isfinite().all()
+            step_size = step_size.where(accepted, 0.0)
+            metrics = {"accepted_fraction": accepted.float()}
             with torch.no_grad():
                 theta.copy_(torch.where(accepted, theta + step, theta))
-                metrics |= divergences(agent.actor, obs, actions, old, old_logprobs)
-            metrics |= {"grad_norm": policy_grad.norm(), "accepted_fraction": accepted.float()}
-            step_size = step_size.where(accepted, 0.0)
+                new_loss, after = surrogate()
+            metrics |= after | {"grad_norm": policy_grad.norm(), "improvement": old_loss - new_loss}
 
             # 6. fit the critic
             fits = []

@@ -413,13 +413,12 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 @torch.no_grad()
 def line_search(
-    loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], theta: Tensor, step: Tensor, max_kl: float, *,
-    backtrack_coef: float, max_trials: int,
-) -> float:  # fmt: skip
+    loss: Callable, theta: Tensor, step: Tensor, max_kl: float, backtrack_coef: float, max_trials: int
+) -> float:
     """θ ← θ + β^k step, k = 0, 1, ... the first for which the loss fell, KL ≤ ε, and all is finite (TRPO appendix C).
 
-    If there is none, θ becomes again what it was, bit for bit. Gives β^k, or 0. `loss()` has "kl" among its metrics.
-    The host waits once in each trial. A NaN is neither less nor more than anything, so it is never accepted.
+    If there is none, θ becomes again what it was, bit for bit. Gives β^k, or 0. `loss()` is a scalar and metrics, "kl"
+    among them. The host waits once in each trial. A NaN is neither less nor more than anything, so it is not accepted.
     """
     old_theta, (old_loss, _) = theta.clone(), loss()
     for k in range(max_trials):
@@ -461,14 +460,6 @@ def surrogate_loss(
     policy_loss, approx_kl = -(logratio.exp() * advantages).mean(), (logratio.exp() - 1 - logratio).mean()
     metrics = {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl}
     return policy_loss - ent_coef * entropy, metrics | {"kl": kl_divergence(old, distribution(agent.actor, obs))}
-
-
-def lagrangian_loss(
-    agent: Agent, multiplier: Tensor, *batch: Tensor, ent_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """−L + λ KL for the batch of `surrogate_loss`; −λ ε, which has no gradient, is left out."""
-    loss, metrics = surrogate_loss(agent, *batch, ent_coef=ent_coef)
-    return loss + multiplier * metrics["kl"], metrics
 
 
 def state_values(critic: nn.Module, obs: Tensor, last_obs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -549,23 +540,22 @@ def train(args: Args) -> dict[str, float]:
     agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
     return_norm = RunningNorm(1).to(device)
     params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
-    theta, dual = flatten(params), nn.Module()
+    theta = flatten(params)
+    dual = nn.Module()
     dual.multiplier = nn.Buffer(torch.ones((), device=device))  # λ of the constraint
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
-    lagrangian = partial(lagrangian_loss, agent, dual.multiplier, ent_coef=args.ent_coef)
-    update = make_update(lagrangian, params, optimizer, args.max_grad_norm, args.compile)
-    search = partial(line_search, backtrack_coef=args.backtrack_coef, max_trials=args.max_trials)
     critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
     fit = make_update(partial(critic_loss, agent), critic_params, critic_optimizer, args.max_grad_norm, args.compile)
     collector = Collector(envs, args.gamma)
-    parts = {"agent": agent, "optimizer": optimizer, "dual": dual, "critic_optimizer": critic_optimizer}
+    parts = {"agent": agent, "critic_optimizer": critic_optimizer}
+    parts |= {"optimizer": optimizer, "dual": dual}
     with Run(args, **parts, return_norm=return_norm) as run:
         while run.step < args.total_timesteps:
             # 1. anneal the step sizes
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
             optimizer.param_groups[0]["lr"] = left * args.learning_rate
             critic_optimizer.param_groups[0]["lr"] = left * args.critic_learning_rate
-            max_kl = left**2 * args.max_kl  # with which the step of the line search falls linearly
+            max_kl = left**2 * args.max_kl  # with which the step falls linearly
 
             # 2. run the policy
             if run.fresh_start:
@@ -590,7 +580,7 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_advantages:
                 advantages = normalize(advantages)
 
-            # 5. maximise L where KL ≤ ε
+            # 5. the policy's step
             with torch.no_grad():
                 old, (old_logprobs, _) = distribution(agent.actor, obs), agent.actor(obs, actions)
             batch = (obs, actions, old_logprobs, advantages, *old)
@@ -601,12 +591,15 @@ def train(args: Args) -> dict[str, float]:
                 product = fisher_vector_product(agent.actor, obs, params)
                 step_direction, curvature = natural_gradient(product, policy_grad, args.cg_iterations, args.damping)
                 step_size = kl_step_size(curvature, max_kl)
-                fraction = search(surrogate, theta, step_size * step_direction, max_kl)
+                step = step_size * step_direction
+                fraction = line_search(surrogate, theta, step, max_kl, args.backtrack_coef, args.max_trials)
                 step_size = fraction * step_size if fraction else torch.zeros_like(step_size)
                 metrics = {"accepted_fraction": torch.full_like(step_size, fraction)}
             else:
                 for _ in range(args.update_epochs):
-                    update(*batch)
+                    loss, now = surrogate()
+                    theta.grad = flat_grad(loss + dual.multiplier * now["kl"], params)
+                    optimizer.step()
                 kl = surrogate()[1]["kl"].detach()
                 dual.multiplier.copy_(dual_ascent(dual.multiplier, kl, args.max_kl, args.dual_step_size))
                 step_size = torch.full_like(kl, left * args.learning_rate)
