@@ -6,9 +6,10 @@
     python -m benchmark.speed --script a2c --env-id HalfCheetah-v5 --processes --steps 100000
 
 Each contender is a process of its own with one thread; in a round they run one after the other, so that a machine whose
-speed drifts slows all of them. The first iteration (imports, compilation) is left out. Both clocks are reported: wall
-time, and CPU time of the process, which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence
-an interpreter of their own: a folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv`
+speed drifts slows all of them. What comes before the end of the first iteration with an update (imports, warm-up,
+compilation) is left out. Both clocks are reported: wall time, and CPU time of the process, which other processes
+disturb less. CleanRL's scripts need an older Gymnasium, hence an interpreter of their own: a folder with a checkout of
+CleanRL in `cleanrl` and a virtual environment in `.venv`
 (torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
 """
 
@@ -152,7 +153,7 @@ def timed(function: Callable, clock: dict[str, float], name: str) -> Callable:
 
 
 def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dict[str, float]]:
-    """Stamps and memory in MiB at the end of each iteration of our script; with `split`, where the seconds went."""
+    """Stamps and memory in MiB after each iteration from the first update on; with `split`, where the seconds went."""
     import psutil
 
     script = importlib.import_module(args.script)
@@ -161,13 +162,15 @@ def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dic
 
     def end_and_stamp(self: Any, *more: Any) -> None:
         end_iteration(self, *more)
-        stamps.append((*stamp(self.step), psutil.Process().memory_info().rss / 2**20))
-        if len(stamps) == 1:
-            clock.clear()  # the first iteration is left out
+        if "losses/grad_norm" in self.metrics:
+            stamps.append((*stamp(self.step), psutil.Process().memory_info().rss / 2**20))
+        if len(stamps) < 2:
+            clock.clear()
 
     script.Run.end_iteration = end_and_stamp
     if split:
-        make_envs, policy = script.make_envs, script.Agent.policy
+        agent_class = next(value for name, value in vars(script).items() if name.endswith("Agent"))
+        make_envs, policy = script.make_envs, agent_class.policy
 
         def timed_envs(*more: Any) -> list:
             envs = make_envs(*more)
@@ -176,32 +179,37 @@ def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dic
             return envs
 
         script.make_envs = timed_envs
-        script.Agent.policy = lambda agent: timed(policy(agent), clock, "acting")
+        agent_class.policy = lambda agent: timed(policy(agent), clock, "acting")
         owner, name = (script.Collector, "collect") if hasattr(script, "Collector") else (script, "run_episodes")
-        setattr(owner, name, timed(getattr(owner, name), clock, "rollout"))
+        if hasattr(owner, name):  # else each step is followed by an update
+            setattr(owner, name, timed(getattr(owner, name), clock, "rollout"))
     with tempfile.TemporaryDirectory() as directory:
         defaults = {"checkpoint_every": 0, "eval_episodes": 0, "compile": compiled, "run_dir": directory}
-        batch = script.Args(**flags).num_envs * getattr(script.Args(**flags), "num_steps", 1)
-        script.train(script.Args(env_id=args.env_id, total_timesteps=args.steps + batch, **defaults, **flags))
+        known = vars(script.Args(**flags))
+        first = known["num_envs"] * known.get("num_steps", 1)
+        first = known.get("learning_starts", 0) + known.get("log_interval", first)
+        script.train(script.Args(env_id=args.env_id, total_timesteps=args.steps + first, **defaults, **flags))
     return stamps, dict(clock)
 
 
 def run_sb3(args: Args) -> list:
-    """Stamps at the start of each rollout of stable-baselines3, which comes after an update."""
+    """Stamps at the start of each rollout of stable-baselines3 that comes after an update."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     stamps = []
 
     class Stamps(BaseCallback):
         def _on_rollout_start(self) -> None:
-            stamps.append(stamp(self.num_timesteps))
+            if self.num_timesteps > setting.get("learning_starts", 0):
+                stamps.append(stamp(self.num_timesteps))
 
         def _on_step(self) -> bool:
             return True
 
     setting = args.setting["sb3"]
     model = peers.make(args.script, args.env_id, seed=1, **setting)
-    model.learn(args.steps + 2 * setting["num_envs"] * setting.get("n_steps", 1), callback=Stamps())
+    first = setting.get("learning_starts", 0) + 2 * setting["num_envs"] * setting.get("n_steps", 1)
+    model.learn(args.steps + first, callback=Stamps())
     return stamps[1:]
 
 
@@ -321,8 +329,9 @@ def compare(args: Args) -> dict:
         if name in speeds:
             stamps, clock = measure(args, worker)
             total = stamps[-1][1] - stamps[0][1]
-            shares = {"update": total - clock.pop("rollout"), **clock}
-            shares["rest of the rollout"] = total - sum(shares.values())
+            shares = {"update": total - clock.pop("rollout"), **clock} if "rollout" in clock else dict(clock)
+            rest = "rest of the rollout" if "update" in shares else "update and the rest"
+            shares[rest] = total - sum(shares.values())
             table[name]["shares"] = {part: round(seconds / total, 3) for part, seconds in shares.items()}
             print(name, ", ".join(f"{part} {share:.0%}" for part, share in table[name]["shares"].items()))
     return table

@@ -29,7 +29,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import peers, play, published, report, run, suite
+from benchmark import peers, play, published, report, run, speed, suite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -548,6 +548,20 @@ def test_a_peer_writes_what_a_script_writes(script: str, tmp_path: Path) -> None
     assert found["training_returns"]
     assert found["steps_per_second"] > 0
     assert found["versions"].keys() >= {"stable-baselines3", "sb3-contrib"}
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "first"), [("ddpg", "Pendulum-v1", 1000), ("ppo", "CartPole-v1", 512)]
+)
+def test_speed_is_that_of_steps_with_updates(script: str, env: str, first: int) -> None:
+    """From the end of the first iteration that has one; and the seconds are split into parts of the whole."""
+    needs("psutil", "stable_baselines3")
+    stamps, clock = speed.measure(speed.Args(script=script, env_id=env, steps=2048), "split")
+    assert stamps[0][0] == first
+    assert 0 <= stamps[-1][0] - stamps[0][0] - 2048 < 1024
+    seconds = stamps[-1][1] - stamps[0][1]
+    assert clock.keys() == {"environment", "acting"} | ({"rollout"} if script != "ddpg" else set())
+    assert 0 < clock["acting"] + clock["environment"] < clock.get("rollout", seconds) <= seconds
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # so does the zoo for InvertedPendulum
