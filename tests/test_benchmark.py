@@ -550,9 +550,7 @@ def test_a_peer_writes_what_a_script_writes(script: str, tmp_path: Path) -> None
     assert found["versions"].keys() >= {"stable-baselines3", "sb3-contrib"}
 
 
-@pytest.mark.parametrize(
-    ("script", "env", "first"), [("ddpg", "Pendulum-v1", 1000), ("ppo", "CartPole-v1", 512)]
-)
+@pytest.mark.parametrize(("script", "env", "first"), [("ddpg", "Pendulum-v1", 1000), ("ppo", "CartPole-v1", 512)])
 def test_speed_is_that_of_steps_with_updates(script: str, env: str, first: int) -> None:
     """From the end of the first iteration that has one; and the seconds are split into parts of the whole."""
     needs("psutil", "stable_baselines3")
