@@ -10,22 +10,69 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmark" / "results"
 
 
+def runs_of(env: str, name: str) -> list[dict]:
+    """The committed results, in the order of the seeds."""
+    files = sorted((RESULTS / env / name).glob("seed*.json"), key=lambda path: int(path.stem[4:]))
+    return [json.loads(path.read_text()) for path in files]
+
+
+def assert_shown(runs: list[dict], mean: str, seeds: str, seconds: str) -> None:
+    finals = [run["final_return"] for run in runs]
+    assert seeds.split(", ") == [f"{x:.0f}".replace("-", "−") for x in finals]
+    assert mean == f"{statistics.mean(finals):.0f}".replace("-", "−")
+    assert int(seconds) == round(statistics.median(run["seconds"] for run in runs))
+
+
 def test_returns_are_those_of_the_results():
     """Each row: script (variant), environment, steps, mean (each seed), median seconds; no result is left out."""
     row = r"^\| `(\w+)\.py`(?: \((\w+)\))? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
-    rows = re.findall(row, README, re.MULTILINE)
     found = set()
-    for script, variant, env, steps, mean, seeds, seconds in rows:
+    for script, variant, env, steps, *shown in re.findall(row, README, re.MULTILINE):
         name = f"{script}-{variant}" if variant else script
-        files = sorted((RESULTS / env / name).glob("seed*.json"), key=lambda path: int(path.stem[4:]))
-        runs = [json.loads(path.read_text()) for path in files]
-        finals = [run["final_return"] for run in runs]
+        runs = runs_of(env, name)
         assert f"--total-timesteps {steps.replace(',', '')} " in runs[0]["command"]
-        assert [f"{x:.0f}".replace("-", "−") for x in finals] == seeds.split(", "), (name, env)
-        assert mean == f"{statistics.mean(finals):.0f}".replace("-", "−"), (name, env)
-        assert int(seconds) == round(statistics.median(run["seconds"] for run in runs)), (name, env)
+        assert_shown(runs, *shown)
         found.add((env, name))
-    assert found == {(path.parent.parent.name, path.parent.name) for path in RESULTS.glob("*/*/seed*.json")}
+    names = {(path.parent.parent.name, path.parent.name) for path in RESULTS.glob("*/*/seed*.json")}
+    assert found == {(env, name) for env, name in names if not name.startswith("sb3-")}
+
+
+def test_returns_of_peers_are_those_of_the_results():
+    """Each row: script, environment, mean (each seed) here and there, median seconds here and there; none left out."""
+    row = r"^\| `(\w+)\.py` \| ([\w-]+) \| (\S+) \((.*?)\) \| (\S+) \((.*?)\) \| (\d+) \| (\d+) \|$"
+    found = set()
+    for script, env, mean, seeds, peer_mean, peer_seeds, seconds, peer_seconds in re.findall(row, README, re.MULTILINE):
+        assert_shown(runs_of(env, script), mean, seeds, seconds)
+        assert_shown(runs_of(env, f"sb3-{script}"), peer_mean, peer_seeds, peer_seconds)
+        found.add((env, f"sb3-{script}"))
+    assert found == {(path.parent.parent.name, path.parent.name) for path in RESULTS.glob("*/sb3-*/seed*.json")}
+
+
+def test_speeds_are_those_of_the_results():
+    """Each row: median steps a CPU second, and the ratio to stable-baselines3 in brackets; no result is left out."""
+    row = r"^\| `(\w+)\.py`, ([\w-]+), [^|]*" + 5 * r"\|([^|]*)" + r"\|$"
+    found = set()
+    for script, env, *cells in re.findall(row, README, re.MULTILINE):
+        figures = json.loads((RESULTS / "speed" / f"{script}-{env}.json").read_text())["figures"]
+        expected = []
+        for name in ("cleanrl", "sb3", "eager", "compiled", "bare"):
+            speed = f"{statistics.median(figures[name]['cpu']):,.0f}" if name in figures else ""
+            ours = name in ("eager", "compiled") and speed
+            expected.append(f"{speed} ({figures[name]['over_sb3'][1]:.2f} ×)" if ours else speed)
+        assert [cell.strip() for cell in cells] == expected, (script, env)
+        found.add(f"{script}-{env}")
+    assert found == {path.stem for path in (RESULTS / "speed").glob("*.json") if path.stem.count("-") == 2}
+
+
+def test_seconds_to_a_return_are_those_of_the_results():
+    sentence = r"475 on CartPole-v1 comes after ([\d.]+) against\s+([\d.]+) s of training \(mean of (\d+) seeds\)"
+    sentence += r", and of 2000 on HalfCheetah-v5 after ([\d.]+) against (\d+) s \((\d+) seeds,"
+    (numbers,) = re.findall(sentence, README)
+    for env, digits, shown in (("CartPole-v1", (2, 2), numbers[:3]), ("HalfCheetah-v5", (1, 0), numbers[3:])):
+        figures = json.loads((RESULTS / "speed" / f"race-ppo-{env}.json").read_text())["figures"]
+        seconds = [[run["seconds"] for run in figures[side]] for side in ("ours", "sb3")]
+        expected = [f"{statistics.mean(x):.{n}f}" for x, n in zip(seconds, digits, strict=True)]
+        assert list(shown) == [*expected, str(len(seconds[0]))]
 
 
 def test_every_script_has_its_number_of_lines():
