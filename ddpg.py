@@ -110,9 +110,10 @@ class Args:
 
     def __post_init__(self) -> None:
         check_flags(self)
-        for name in ("tau", "noise_correlation"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at most 1, not {getattr(self, name)}")
+        if self.tau > 1:
+            raise ValueError(f"--tau must be at most 1, not {self.tau}")
+        if self.noise_correlation > 1:
+            raise ValueError(f"--noise-correlation must be at most 1, not {self.noise_correlation}")
         if self.buffer_size < self.num_envs:
             raise ValueError(f"--buffer-size {self.buffer_size} does not hold one step of all environments")
 
@@ -395,11 +396,12 @@ def train(args: Args) -> dict[str, float]:
                 # 1. act and store
                 obs, draw = stepper.obs, torch.randn(args.num_envs, action_dim)
                 noise = next_noise(noise, dones, draw, args.exploration_noise, args.noise_correlation)
-                actions = agent.policy()(obs, noise.numpy())
+                out = frozen(agent.obs_norm, agent.actor.net)(obs)
+                actions = agent.actor.choose(out, noise.numpy())
                 if buffer.count < args.learning_starts:
                     actions = (2 * torch.rand(args.num_envs, action_dim) - 1).numpy()
-                if not math.isfinite(actions.sum()):  # MuJoCo would not survive it
-                    found = {"obs": obs} | (metrics[-1] if metrics else {}) | {"actions": actions}
+                if not math.isfinite(out.sum() + actions.sum()):  # MuJoCo would not survive it
+                    found = {"obs": obs} | (metrics[-1] if metrics else {}) | {"actions": actions, "policy": out}
                     check_finite(run.step + step, found)
                 new, episodes = stepper.step(actions)
                 check_finite(run.step + step, {"rewards": new.rewards, "next_obs": new.next_obs})

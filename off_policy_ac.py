@@ -501,12 +501,12 @@ def train(args: Args) -> dict[str, float]:
     """Runs off-policy actor-critic; gives the last value of each metric, the final evaluation among them."""
     device = set_up(args.device, args.num_threads, args.seed)
     envs = make_envs(args.env_id, args.num_envs)
-    agent = OffPolicyAgent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    if agent.discrete and args.actor_update == "reparameterized":
-        fail(f"--actor-update reparameterized needs Box actions, but {args.env_id} has {envs[0].action_space}")
     space = envs[0].action_space
-    if not agent.discrete and not np.isfinite([space.low, space.high]).all():
+    if not isinstance(space, spaces.Box) and args.actor_update == "reparameterized":
+        fail(f"--actor-update reparameterized needs Box actions, but {args.env_id} has {space}")
+    if isinstance(space, spaces.Box) and not np.isfinite([space.low, space.high]).all():
         fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
+    agent = OffPolicyAgent(envs[0], args.hidden_size, args.log_std_init).to(device)
     obs_dim, action_dim = len(agent.obs_norm.mean), 0 if agent.discrete else agent.actor.action_dim
     buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0, 0), device)
     return_norm, stepper = RunningNorm(1).to(device), Stepper(envs, args.gamma)
@@ -536,9 +536,9 @@ def train(args: Args) -> dict[str, float]:
             metrics, ended = [], []
             for step in range(0, args.log_interval, args.num_envs):
                 # 1. act and store
-                obs, noise = stepper.obs, agent.actor.noise(args.num_envs).numpy()
+                obs, noise = stepper.obs, agent.actor.noise(args.num_envs)
                 out = frozen(agent.obs_norm, agent.actor.net)(obs)
-                actions = agent.actor.choose(out, noise)
+                actions = agent.actor.choose(out, noise.numpy())
                 if not math.isfinite(out.sum() + actions.sum()):  # MuJoCo would not survive it
                     found = {"obs": obs} | (metrics[-1] if metrics else {}) | {"actions": actions, "policy": out}
                     check_finite(run.step + step, found)
