@@ -23,32 +23,36 @@ Control Using Generalized Advantage Estimation" (GAE); conjugate gradient and st
         5. L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s);  θ ← θ + α F⁻¹g, where g is ∇L at π_old, that is
            mean ∇log π(a|s) A + ent_coef ∇H, and F = E[∇ log π ∇ log πᵀ], which is also the Hessian of KL(π_old‖π);
            conjugate gradient solves F x = g with products F v alone; α (step_rule) is
-             kl     √(2ε / gᵀF⁻¹g), ε = max_kl: every step costs ε, as far as KL ≈ ½ dθᵀF dθ holds
-             fixed  step_size, as in the paper: where the gradient is small, so is the change
+             kl     √(2ε / gᵀF⁻¹g), ε = max_kl: a step costs ε, as far as KL ≈ ½ dθᵀF dθ holds
+             fixed  step_size, the paper's α: where the gradient is small, so is the change
         6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
         7. update the observation statistics, then log, evaluate and save
 
 The plain gradient is the steepest direction if a change dθ costs |dθ|². Here it costs dθᵀF dθ, twice the KL to second
-order: whatever parameters describe the old policy, the new one is the same to first order, up to the damping.
+order: whatever parameters describe the old policy, the new one is the same to first order, up to damping and to what
+conjugate gradient leaves.
 
 Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
 order, two of them lack the ½; and it is KL(π_old‖π), which has the Hessian of their KL(π‖π_old), but not its values.
 
 If g is 0, a curvature is not positive or the step is not finite, there is no step, and accepted_fraction is 0 in the
 log. There losses/kl is the closed form after the step, policy_loss and entropy are those after it, and improvement is
-the growth of L, which may be negative: nobody looks. A loss or a KL that is not finite ends the run.
+the growth of L, which may be negative: nothing checks it; charts/learning_rate is the α that was taken. A loss or a KL
+that is not finite ends the run.
 
-What departs from the sources, and why: step t of an episode does not count γ^t times (reinforce.py tells why); damping
-is added to F, which is nearly singular, and so xᵀF x stands in α in the place of gᵀF⁻¹g: to second order ε is the KL
-with any damping. (A policy that is nearly deterministic has F ≈ 0 and a step too long for the second order: losses/kl
-shows it, and trpo.py looks.) A batch cannot tell that its gradient is mere noise, so steps that cost ε would never come
-to rest: √ε falls linearly to 0. Adam fits the critic, where GAE bounds its step; as there, the advantages come from the
-critic before the fit: one that has seen the rewards gives advantages that are too small. Advantages are normalised; the
-rule kl ignores their scale if ent_coef is 0. Observations and rewards can be scaled by running statistics (new ones do
-not move the policy: update_obs_norm); a time limit bootstraps with V of the true successor; all episodes restart after
-a checkpoint, so that a resumed run is exact.
+What departs from the sources, and why: returns are discounted, not averages, but step t of an episode does not count
+γ^t times (reinforce.py tells why); damping (0.001 in Kakade's section 5) is added to F, which is nearly singular, but
+not to the xᵀF x of α: to second order a step costs ε with any damping. (A policy that is nearly deterministic has F ≈ 0
+and a step too long for the second order: losses/kl shows it, and trpo.py checks it.) A batch cannot tell that its
+gradient is mere noise, so steps that cost ε would never come to rest: √ε falls linearly to 0. Adam fits the critic,
+where GAE bounds its step; as there, the advantages come from the critic before the fit: one that has seen the rewards
+gives advantages that are too small. Advantages are normalised; the rule kl ignores their scale if ent_coef is 0.
+Observations and rewards can be scaled by running statistics (new ones do not move the policy: update_obs_norm); a time
+limit bootstraps with V of the true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
 
-Compare with actor_critic.py, which takes an Adam step along g, and trpo.py, which looks before it takes this step.
+The flags --compile and --max-grad-norm concern the fit of the critic alone.
+
+Compare with actor_critic.py, which puts g through Adam in the place of F⁻¹, and trpo.py, which checks this step.
 
     python npg.py
     python npg.py --step-rule fixed
@@ -394,14 +398,15 @@ def natural_gradient(
 ) -> tuple[Tensor, Tensor]:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, with damping 0), and its curvature xᵀF x.
 
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, after any number of iterations.
+    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx after any number of iterations,
+    up to rounding.
     """
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
     return x, policy_grad @ x - damping * x @ x
 
 
 def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """α = √(2ε / xᵀF x), with which the step α x costs ε (TRPO appendix C); if x = F⁻¹g, this is √(2ε / gᵀF⁻¹g)."""
+    """α = √(2ε / xᵀF x), the β of TRPO appendix C: α x costs ε to second order; if x = F⁻¹g, it is √(2ε / gᵀF⁻¹g)."""
     return (2 * max_kl / curvature).sqrt()
 
 
@@ -422,7 +427,7 @@ def surrogate_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and what to log of it.
 
-    `old` is the `distribution` of π_old. There, minus the gradient is the estimate of ∇J, if ent_coef is 0.
+    `old` is the `distribution` of π_old. At π = π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
     """
     new_logprobs, entropy = agent.actor(obs, actions)
     assert new_logprobs.shape == old_logprobs.shape == advantages.shape

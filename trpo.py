@@ -21,8 +21,9 @@ from Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
         5. maximise L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s), where KL(π_old‖π) ≤ ε = max_kl (eq. 14); with
              line_search  s = √(2ε / gᵀF⁻¹g) F⁻¹g with g = ∇L at π_old, as in npg.py; θ ← θ + β^k s with the first
-                          k = 0, 1, ... for which L has grown and KL ≤ ε; if there is none, θ stays what it is
-             dual         update_epochs Adam steps on −L + λ (KL − ε); λ ← max(0, λ + dual_step_size (KL − ε))
+                          k = 0, 1, ... for which L has grown and KL ≤ ε; after max_trials, θ stays what it is
+             dual         update_epochs Adam steps on −L + λ (KL − ε), λ = 1 at first;
+                          λ ← max(0, λ + dual_step_size (KL − ε))
         6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
         7. update the observation statistics, then log, evaluate and save
 
@@ -35,20 +36,21 @@ order, two of them lack the ½; and it is KL(π_old‖π) (TRPO eq. 12), which h
 its values. Their λ ← λ + α (KL − ε) may become negative, which would reward a large KL.
 
 In the log, losses/kl is the closed form after the step, policy_loss and entropy are those after it, improvement is the
-growth of L, and accepted_fraction β^k, or 0. As λ changes by the sum of all KL − ε, the mean KL of `dual` is ε while λ
-is at rest above 0; at λ = 0 the bound is not felt.
+growth of L, accepted_fraction β^k, or 0, and charts/learning_rate the α of the step that was taken, or Adam's. As λ
+changes by the sum of all KL − ε, the mean KL of `dual` is ε while λ is at rest above 0; at λ = 0 the bound is not felt.
 
 What departs from the paper, and why: step t of an episode does not count γ^t times (reinforce.py tells why); damping is
-added to F, which is nearly singular, and so xᵀF x stands in the step size in the place of gᵀF⁻¹g: to second order ε is
-the KL of the first trial with any damping. A batch cannot tell that its gradient is mere noise, so steps that cost ε
-would never come to rest: √ε falls linearly to 0 (`dual` keeps ε, and lowers Adam's rate). Adam fits the critic, where
-GAE bounds its step; as there, the advantages come from the critic before the fit: one that has seen the rewards gives
-advantages that are too small. Advantages are normalised: `line_search` ignores their scale if ent_coef is 0, `dual`
-weighs them against λ. Observations and rewards can be scaled by running statistics (new ones do not move the policy:
-update_obs_norm); a time limit bootstraps with V of the true successor; all episodes restart after a checkpoint, so that
-a resumed run is exact.
+added to F, which is nearly singular, but not to the xᵀF x of the step size: to second order the first trial costs ε
+with any damping. A batch cannot tell that its gradient is mere noise, so steps that cost ε would never come to rest: √ε
+falls linearly to 0 (`dual` keeps ε, and lowers Adam's rate). Adam fits the critic, where GAE bounds its step; as there,
+the advantages come from the critic before the fit: one that has seen the rewards gives advantages that are too small.
+Advantages are normalised: `line_search` ignores their scale if ent_coef is 0, `dual` weighs them against λ.
+Observations and rewards can be scaled by running statistics (new ones do not move the policy: update_obs_norm); a time
+limit bootstraps with V of the true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
 
-Compare with npg.py, which takes the step without a look, and ppo.py, which clips ρ in the place of a bound on the KL.
+The flags --compile and --max-grad-norm concern the fit of the critic alone.
+
+Compare with npg.py, which takes the step unchecked, and ppo.py, which clips ρ in the place of a bound on the KL.
 
     python trpo.py
     python trpo.py --constraint dual
@@ -400,14 +402,15 @@ def natural_gradient(
 ) -> tuple[Tensor, Tensor]:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, with damping 0), and its curvature xᵀF x.
 
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx, after any number of iterations.
+    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx after any number of iterations,
+    up to rounding.
     """
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
     return x, policy_grad @ x - damping * x @ x
 
 
 def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """α = √(2ε / xᵀF x), with which the step α x costs ε (TRPO appendix C); if x = F⁻¹g, this is √(2ε / gᵀF⁻¹g)."""
+    """α = √(2ε / xᵀF x), the β of TRPO appendix C: α x costs ε to second order; if x = F⁻¹g, it is √(2ε / gᵀF⁻¹g)."""
     return (2 * max_kl / curvature).sqrt()
 
 
@@ -452,7 +455,7 @@ def surrogate_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and what to log of it.
 
-    `old` is the `distribution` of π_old. There, minus the gradient is the estimate of ∇J, if ent_coef is 0.
+    `old` is the `distribution` of π_old. At π = π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
     """
     new_logprobs, entropy = agent.actor(obs, actions)
     assert new_logprobs.shape == old_logprobs.shape == advantages.shape
@@ -541,7 +544,7 @@ def train(args: Args) -> dict[str, float]:
     return_norm = RunningNorm(1).to(device)
     params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
     theta = flatten(params)
-    dual = nn.Module()
+    dual = nn.Module()  # which a checkpoint can hold
     dual.multiplier = nn.Buffer(torch.ones((), device=device))  # λ of the constraint
     optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
@@ -600,12 +603,12 @@ def train(args: Args) -> dict[str, float]:
                     loss, now = surrogate()
                     theta.grad = flat_grad(loss + dual.multiplier * now["kl"], params)
                     optimizer.step()
-                kl = surrogate()[1]["kl"].detach()
-                dual.multiplier.copy_(dual_ascent(dual.multiplier, kl, args.max_kl, args.dual_step_size))
-                step_size = torch.full_like(kl, left * args.learning_rate)
+                step_size = torch.full_like(old_loss, left * args.learning_rate)
                 metrics = {"multiplier": dual.multiplier}
             with torch.no_grad():
                 new_loss, after = surrogate()
+            if args.constraint == "dual":
+                dual.multiplier.copy_(dual_ascent(dual.multiplier, after["kl"], args.max_kl, args.dual_step_size))
             metrics |= after | {"grad_norm": policy_grad.norm(), "improvement": old_loss - new_loss}
 
             # 6. fit the critic
