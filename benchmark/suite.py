@@ -27,6 +27,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
     ("off_policy_ac", "Pendulum-v1"): 20_000,
     **{(script, "CartPole-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo", "ppo")},
     **{(script, "Acrobot-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo")},
+    **{(script, "Pendulum-v1"): 1_000_000 for script in ("actor_critic", "a2c")},
     **{(script, "Pendulum-v1"): 100_000 for script in ("npg", "trpo", "ppo")},
     ("trpo-dual", "CartPole-v1"): 100_000,
     **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
