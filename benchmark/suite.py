@@ -77,7 +77,7 @@ FLAGS = {
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     **{("a2c", env): A2C_MUJOCO for env in ("InvertedPendulum-v5", "Hopper-v5")},
     ("a2c", "HalfCheetah-v5"): (
-        f"--optimizer adam --learning-rate 2e-3 --num-steps 32 {NARROW} --normalize-advantages --normalize-obs "
+        f"--optimizer adam --learning-rate 2e-3 --num-steps 64 {NARROW} --normalize-advantages --normalize-obs "
         "--compile"
     ),
     ("a2c", "Walker2d-v5"): f"--learning-rate 7e-4 --num-envs 4 --num-steps 8 {NARROW} --normalize-obs --compile",
