@@ -43,6 +43,8 @@ that puts the clipped ratio ρ in the place of log π.
 
     python a2c.py
     python a2c.py --asynchronous --num-workers 2 --num-envs 4
+    python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --optimizer adam --num-steps 64 \
+        --normalize-advantages --log-std-init -1 --normalize-obs
     torchrun --nproc-per-node 2 a2c.py
 """
 
