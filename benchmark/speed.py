@@ -425,7 +425,9 @@ def main(args: Args) -> None:
         packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
         versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
         flags = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("cleanrl", "out")}
-        head = {"args": flags, "setting": args.setting, "versions": versions}
+        pair = (args.script, args.env_id)
+        own = {"ours": suite.FLAGS.get(pair, ""), "sb3": peers.ZOO.get(pair, {})}  # what each runs a race with
+        head = {"args": flags, "setting": own if args.race else args.setting, "versions": versions}
         Path(args.out).write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n")
         if args.growth:
             draw(figures, f"{args.script}.py, {args.env_id}", Path(args.out).with_suffix(".png"))
