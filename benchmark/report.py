@@ -412,7 +412,8 @@ def main(args: Args) -> None:
     draw_returns(results, suite.SCRIPTS, folder / "curves.png")
     compared = {x for scripts in results.values() for p in suite.PEERS if p in scripts for x in (p, p[4:])}
     if compared:
-        draw_returns(results, tuple(compared), folder / "peers.png")
+        with_peers = {env: scripts for env, scripts in results.items() if {*suite.PEERS} & scripts.keys()}
+        draw_returns(with_peers, tuple(compared), folder / "peers.png")
         figures.append("peers.png")
     if draw_variants(results, folder / "variants.png"):
         figures.append("variants.png")
