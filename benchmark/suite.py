@@ -54,7 +54,9 @@ REPLAY_MUJOCO = (
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile"
 )
 REPLAY_LEGS = REPLAY_MUJOCO.replace("256", "128", 1).replace("--no-anneal-lr ", "")
-ONE_DRAW = "--num-envs 1 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # off_policy_ac on MuJoCo
+ONE_DRAW = (  # off_policy_ac on MuJoCo
+    "--num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"
+)
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
     ("reinforce", "Acrobot-v1"): "--baseline time --normalize-obs",
@@ -106,16 +108,18 @@ FLAGS = {
     **{("ddpg", env): f"{REPLAY_LEGS} --learning-starts 25000" for env in LEGS},
     ("off_policy_ac", "InvertedPendulum-v5"): f"{REPLAY_PENDULUM} {ONE_DRAW}".replace("0.1", "0.01"),
     ("ddpg", "InvertedPendulum-v5"): REPLAY_PENDULUM,
-    ("off_policy_ac", "Acrobot-v1"): "--no-normalize-obs --no-normalize-rewards",
-    ("off_policy_ac", "Pendulum-v1"): "--num-envs 1 --ent-coef 0.003",
+    ("off_policy_ac", "Acrobot-v1"): "--learning-rate 1e-3 --no-normalize-obs --no-normalize-rewards",
+    ("off_policy_ac", "Pendulum-v1"): "--num-envs 1 --learning-rate 1e-3 --ent-coef 0.003",
     **{
-        (f"off_policy_ac-{kind}", "Pendulum-v1"): f"--num-envs 1 --ent-coef 0.003 --actor-update {kind}"
+        (f"off_policy_ac-{kind}", "Pendulum-v1"): (
+            f"--num-envs 1 --learning-rate 1e-3 --ent-coef 0.003 --actor-update {kind}"
+        )
         for kind in ("reparameterized", "importance")
     },
     **{
         (f"off_policy_ac-{kind}", "HalfCheetah-v5"): (
-            "--num-envs 1 --tau 0.005 --ent-coef 0.1 --no-normalize-obs --no-normalize-rewards --compile "
-            f"--actor-update {kind}"
+            "--num-envs 1 --learning-rate 1e-3 --tau 0.005 --ent-coef 0.1 --no-normalize-obs --no-normalize-rewards "
+            f"--compile --actor-update {kind}"
         )
         for kind in ACTOR_UPDATES
     },
