@@ -48,6 +48,16 @@ def test_returns_of_peers_are_those_of_the_results():
     assert found == {(path.parent.parent.name, path.parent.name) for path in RESULTS.glob("*/sb3-*/seed*.json")}
 
 
+def test_verdicts_are_those_of_the_report():
+    rows = [line.strip("| \n").split(" | ") for line in (RESULTS / "report.md").read_text().splitlines()]
+    verdicts = {(row[1], row[0]): row[6] for row in rows if len(row) == 7 and row[6] in ("beaten", "equal", "below")}
+    beaten, equal, below = ([pair for pair in verdicts if verdicts[pair] == x] for x in ("beaten", "equal", "below"))
+    text = " ".join(README.split())
+    assert f"is beaten in {len(beaten)} cases of {len(verdicts)}, equal within 95 % intervals in {len(equal)}" in text
+    (named,) = re.findall(r"and ours is below in (.*?)\. ", text)
+    assert re.findall(r"`(\w+)\.py` on ([\w-]+)", named) == below
+
+
 def test_speeds_are_those_of_the_results():
     """Each row: median steps a CPU second, and the ratio to stable-baselines3 in brackets; no result is left out."""
     row = r"^\| `(\w+)\.py`, ([\w-]+), [^|]*" + 5 * r"\|([^|]*)" + r"\|$"
