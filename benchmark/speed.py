@@ -4,13 +4,14 @@
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --growth
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --race 475 --steps 100000
     python -m benchmark.speed --script a2c --env-id HalfCheetah-v5 --processes --steps 100000
+    python -m benchmark.speed --script ddpg --contenders eager two_threads --steps 4000
 
-Each contender is a process of its own with one thread; in a round they run one after the other, so that a machine whose
-speed drifts slows all of them. What comes before the end of the first iteration with an update (imports, warm-up,
-compilation) is left out. Both clocks are reported: wall time, and CPU time of the process, which other processes
-disturb less. CleanRL's scripts need an older Gymnasium, hence an interpreter of their own: a folder with a checkout of
-CleanRL in `cleanrl` and a virtual environment in `.venv`
-(torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
+Each contender is a process of its own with one thread (two_threads: PyTorch has two); in a round they run one after the
+other, so that a machine whose speed drifts slows all of them. What comes before the end of the first iteration with an
+update (imports, warm-up, compilation) is left out. Both clocks are reported: wall time, and CPU time of the process,
+which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence an interpreter of their own: a
+folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv` (torch==2.13.0 gymnasium==0.29.1
+mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
 """
 
 import contextlib
@@ -119,7 +120,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # Gymnasium environment
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run
-    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which; also cleanrl
+    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which; also cleanrl, two_threads
     cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
     processes: bool = False  # instead: one process, two under torchrun, and two workers of --asynchronous
@@ -272,6 +273,7 @@ def work(args: Args) -> None:
     result = {
         "eager": lambda: run_ours(args, compiled=False)[0],
         "compiled": lambda: run_ours(args, compiled=True)[0],
+        "two_threads": lambda: run_ours(dataclasses.replace(args, flags='{"num_threads": 2}'), compiled=False)[0],
         "split": lambda: run_ours(args, compiled=False, split=True),
         "split_compiled": lambda: run_ours(args, compiled=True, split=True),
         "sb3": lambda: run_sb3(args),
