@@ -72,6 +72,9 @@ def test_speeds_are_those_of_the_results():
         assert [cell.strip() for cell in cells] == expected, (script, env)
         found.add(f"{script}-{env}")
     assert found == {path.stem for path in (RESULTS / "speed").glob("*.json") if path.stem.count("-") == 2}
+    threads = json.loads((RESULTS / "speed" / "threads-ddpg-HalfCheetah-v5.json").read_text())["figures"]
+    one, two = (f"{statistics.median(threads[name]['wall']):.0f}" for name in ("eager", "two_threads"))
+    assert f"`--num-threads 2` brings {two} steps a second in place of {one}" in " ".join(README.split())
 
 
 def test_seconds_to_a_return_are_those_of_the_results():
