@@ -58,6 +58,11 @@ def test_verdicts_are_those_of_the_report():
     assert re.findall(r"`(\w+)\.py` on ([\w-]+)", named) == below
 
 
+def test_seconds_of_the_sweep_are_those_of_the_results():
+    minutes, seconds = divmod(json.loads((RESULTS / "statistics" / "sweep-classic.json").read_text())["seconds"], 60)
+    assert f"which took {minutes:.0f} min {seconds:.0f} s" in " ".join(README.split())
+
+
 def test_speeds_are_those_of_the_results():
     """Each row: median steps a CPU second, and the ratio to stable-baselines3 in brackets; no result is left out."""
     row = r"^\| `(\w+)\.py`, ([\w-]+), [^|]*" + 5 * r"\|([^|]*)" + r"\|$"
