@@ -136,7 +136,7 @@ def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
 
 def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
     """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
-    layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
+    layers = [WideLinear(fan_in, hidden_size), WideLinear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
@@ -204,9 +204,11 @@ def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], 
     For the few rows of an environment step this is several times faster than PyTorch, and a GPU is asked but once.
     """
     tensors = [obs_norm.scale, obs_norm.shift, obs_norm.limit, *net.parameters()]
-    flat = torch.cat([x.detach().flatten() for x in tensors]).cpu()
-    parts = flat.split([x.numel() for x in tensors])
-    scale, shift, limit, w1, b1, w2, b2, w3, b3 = (y.view_as(x).numpy() for x, y in zip(tensors, parts, strict=True))
+    flat, end, parts = torch.cat([x.detach().flatten() for x in tensors]).cpu().numpy(), 0, []
+    for x in tensors:
+        start, end = end, end + x.numel()
+        parts.append(flat[start:end].reshape(x.shape))
+    scale, shift, limit, w1, b1, w2, b2, w3, b3 = parts
 
     def forward(obs: np.ndarray) -> np.ndarray:
         x = np.minimum(np.maximum(obs * scale + shift, -limit), limit)
@@ -421,8 +423,10 @@ def train(args: Args) -> dict[str, float]:
                     # 3. the critic's step
                     fit = update_critic(obs, actions, rewards, next_obs, terminated)
 
-                    # 4. the actor's step
+                    # 4. the actor's step, in which nobody asks for the critic's gradient
+                    agent.critic.requires_grad_(False)
                     metrics.append(fit | update_actor(obs))
+                    agent.critic.requires_grad_(True)
 
                     # 5. the targets follow
                     polyak(target_critic, critic, args.tau)
@@ -432,6 +436,42 @@ def train(args: Args) -> dict[str, float]:
             more = {"charts/learning_rate": args.learning_rate * remaining}
             run.end_iteration(step + args.num_envs, ended, (mean_metrics(metrics) if metrics else {}) | more)
         return run.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed: wide layers by oneDNN, in half the time that nn.Linear takes on AMD's processors. All else is the same without.
+# ---------------------------------------------------------------------------------------------------------------------
+ONEDNN = torch.backends.mkldnn.is_available()
+if ONEDNN and not hasattr(torch.ops.onednn_float32, "linear"):  # torch.compile refuses `original` if weights change
+    original = torch.ops.mkldnn._linear_pointwise.default
+    torch.library.define("onednn_float32::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    torch.library.impl("onednn_float32::linear", "cpu")(lambda x, w, b: original(x, w, b, "none", [], ""))
+    torch.library.register_fake("onednn_float32::linear")(nn.functional.linear)  # the shape alone
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """y = x Wᵀ + b, (B, I) to (B, O). With g = dL/dy, its gradients are g W for x, gᵀ x for W, and Σ_B g for b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.onednn_float32.linear.default(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x = torch.ops.onednn_float32.linear.default(grad, weight.T, None) if needed[0] else None
+        grad_weight = torch.ops.onednn_float32.linear.default(grad.T.contiguous(), x.T, None) if needed[1] else None
+        return grad_x, grad_weight, grad.sum(0) if needed[2] else None
+
+
+class WideLinear(nn.Linear):
+    """nn.Linear, but with 256 outputs or more, in float32 on a CPU, by oneDNN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (ONEDNN and x.is_cpu and x.dtype == torch.float32 and self.out_features >= 256):
+            return super().forward(x)
+        return OneDNNProduct.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

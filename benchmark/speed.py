@@ -4,14 +4,14 @@
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --growth
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --race 475 --steps 100000
     python -m benchmark.speed --script a2c --env-id HalfCheetah-v5 --processes --steps 100000
-    python -m benchmark.speed --script ddpg --contenders eager two_threads --steps 4000
+    python -m benchmark.speed --script ddpg --contenders eager two_threads compiled mkl --steps 4000
 
-Each contender is a process of its own with one thread (two_threads: PyTorch has two); in a round they run one after the
-other, so that a machine whose speed drifts slows all of them. What comes before the end of the first iteration with an
-update (imports, warm-up, compilation) is left out. Both clocks are reported: wall time, and CPU time of the process,
-which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence an interpreter of their own: a
-folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv` (torch==2.13.0 gymnasium==0.29.1
-mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
+Each contender is a process of its own with one thread (two_threads: PyTorch has two; mkl: compiled, without oneDNN); in
+a round they run one after the other, so that a machine whose speed drifts slows all of them. What comes before the end
+of the first iteration with an update (imports, warm-up, compilation) is left out. Both clocks are reported: wall time,
+and CPU time of the process, which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence an
+interpreter of their own: a folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv`
+(torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro tensorboard), which --cleanrl names.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # Gymnasium environment
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run
-    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # which; also cleanrl, two_threads
+    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # also cleanrl, mkl, two_threads
     cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
     processes: bool = False  # instead: one process, two under torchrun, and two workers of --asynchronous
@@ -153,13 +153,15 @@ def timed(function: Callable, clock: dict[str, float], name: str) -> Callable:
     return call
 
 
-def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dict[str, float]]:
+def run_ours(args: Args, compiled: bool, split: bool = False, onednn: bool = True) -> tuple[list, dict[str, float]]:
     """Stamps and memory in MiB after each iteration from the first update on; with `split`, where the seconds went."""
     import psutil
 
     script = importlib.import_module(args.script)
     flags = args.setting["ours"] | json.loads(args.flags)
     stamps, end_iteration, clock = [], script.Run.end_iteration, defaultdict(float)
+    if not onednn:
+        script.ONEDNN = False
 
     def end_and_stamp(self: Any, *more: Any) -> None:
         end_iteration(self, *more)
@@ -273,6 +275,7 @@ def work(args: Args) -> None:
     result = {
         "eager": lambda: run_ours(args, compiled=False)[0],
         "compiled": lambda: run_ours(args, compiled=True)[0],
+        "mkl": lambda: run_ours(args, compiled=True, onednn=False)[0],
         "two_threads": lambda: run_ours(dataclasses.replace(args, flags='{"num_threads": 2}'), compiled=False)[0],
         "split": lambda: run_ours(args, compiled=False, split=True),
         "split_compiled": lambda: run_ours(args, compiled=True, split=True),

@@ -3,8 +3,8 @@
     python tests/sync.py NAME --from ppo.py    copies a definition to every other script that has one of that name
     python tests/sync.py --check               prints what differs under one name, and exits with 1 if anything does
 
-NAME is a function or a class at the top level, `plumbing` (the block between comment rules) or `metadata` (the first
-lines, for uv). --check also compares the fields of `Args`: type and help text, not the default value.
+NAME is a function or a class at the top level, `plumbing` or `speed` (the blocks between comment rules) or `metadata`
+(the first lines, for uv). --check also compares the fields of `Args`: type and help text, not the default value.
 """
 import argparse
 import ast
@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = {"plumbing": r"^# -{100,}\n# Plumbing.*?\n(# -{100,}\n).*?\n\1", "metadata": r"\A# /// script\n.*?^# ///\n"}
+RULED = r"^# -{100,}\n# %s.*?\n(# -{100,}\n).*?\n\1"
+BLOCKS = {"plumbing": RULED % "Plumbing", "speed": RULED % "Speed", "metadata": r"\A# /// script\n.*?^# ///\n"}
 OWN = ("Args", "train")  # every script has one, and each is different
 
 

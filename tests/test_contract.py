@@ -44,6 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch._inductor.exc import TritonMissing
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import FileWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1006,6 +1007,28 @@ def test_statistics_leave_the_policy_as_it_was(name: str, flags: dict, monkeypat
     assert len(updates) == len(moved) > 2
     assert moved[0] > 1e-2
     assert max(moved[1:]) < 1e-5
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("off_policy_ac", {"actor_update": "reparameterized", "num_samples": 1}), ("ddpg", {})]
+)
+def test_an_update_computes_no_gradient_that_nobody_uses(name: str, flags: dict) -> None:
+    """Q(s, a): one product of the hidden layers, and two for its gradient. y: two. Q(s, a') and a': two, and three."""
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if str(op) in ("onednn_float32.linear.default", "aten.addmm.default", "aten.mm.default"):
+                products.append([tuple(x.shape) for x in args if isinstance(x, Tensor) and x.dim() == 2])
+            return op(*args, **(kwargs or {}))
+
+    flags = flags | {"hidden_size": 256, "batch_size": 256, "num_envs": 1, "log_interval": 12, "learning_starts": 10}
+    with Products():
+        train(name, "run", env_id="Pendulum-v1", total_timesteps=12, eval_episodes=0, num_updates=1, **flags)
+    assert products.count([(256, 256)] * 2) == 3 * 10  # 3 updates
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from gymnasium import spaces
 from tabular import CONTINUES, MDP, REWARD, TRANSITION, A, S, linear
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, TanhTransform, TransformedDistribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import off_policy_ac
 
@@ -381,6 +382,38 @@ def test_acting_in_numpy_is_the_network_with_its_normaliser():
         close(forward(obs.numpy()), expected, 1e-4)
         agent.obs_norm.update(torch.randn(30, 3) + 2)
         close(forward(obs.numpy()), expected, 1e-4)  # frozen
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of x and W of each product that oneDNN is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if str(op) == "onednn_float32.linear.default":
+            self.shapes.append((*args[0].shape, args[1].shape[0]))
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_wide_layer_is_a_linear_layer():
+    for fan_in, fan_out, dtype in ((40, 256, torch.float32), (256, 255, torch.float32), (40, 256, torch.float64)):
+        layer = off_policy_ac.WideLinear(fan_in, fan_out).to(dtype)
+        x, slope = torch.randn(3, 50, fan_in, dtype=dtype), torch.randn(3, 50, fan_out, dtype=dtype)
+        with Products() as products:
+            inputs = [x.requires_grad_(), layer.weight, layer.bias]
+            y = layer(x)
+            grads = torch.autograd.grad(y, inputs, slope)
+        wide = off_policy_ac.ONEDNN and fan_out == 256 and dtype == torch.float32
+        assert products.shapes == [(150, 40, 256), (150, 256, 40), (256, 150, 40)] * wide
+        x, weight, bias, g = (z.detach().double().numpy() for z in (*inputs, slope))
+        close(y, x @ weight.T + bias, 1e-5)
+        rows, g_rows = x.reshape(150, -1), g.reshape(150, -1)
+        for grad, expected in zip(grads, (g @ weight, g_rows.T @ rows, g_rows.sum(0)), strict=True):
+            close(grad, expected, 1e-4)
+        alone = torch.autograd.grad(layer(inputs[0].detach()), layer.weight, slope)[0]
+        close(alone, grads[1])
 
 
 def test_the_first_policy_is_nearly_uniform():

@@ -80,6 +80,8 @@ def test_speeds_are_those_of_the_results():
     threads = json.loads((RESULTS / "speed" / "threads-ddpg-HalfCheetah-v5.json").read_text())["figures"]
     one, two = (f"{statistics.median(threads[name]['wall']):.0f}" for name in ("eager", "two_threads"))
     assert f"`--num-threads 2` brings {two} steps a second in place of {one}" in " ".join(README.split())
+    fast, slow = (f"{statistics.median(threads[name]['cpu']):.0f}" for name in ("compiled", "mkl"))
+    assert f"with `--compile` {fast} steps a second in place of {slow}" in " ".join(README.split())
 
 
 def test_seconds_to_a_return_are_those_of_the_results():
@@ -104,6 +106,6 @@ def test_every_script_has_its_number_of_lines():
     expected = {}
     for path in ROOT.glob("*.py"):
         lines = path.read_text().splitlines()
-        method = next(i for i, line in enumerate(lines) if line.startswith("# Plumbing")) - 1
+        method = next(i for i, line in enumerate(lines) if line.startswith(("# Speed", "# Plumbing"))) - 1
         expected[path.name] = f"{method} + {len(lines) - method}"
     assert rows == expected
