@@ -109,3 +109,17 @@ def test_every_script_has_its_number_of_lines():
         method = next(i for i, line in enumerate(lines) if line.startswith(("# Speed", "# Plumbing"))) - 1
         expected[path.name] = f"{method} + {len(lines) - method}"
     assert rows == expected
+
+
+def test_old_data_has_the_returns_of_the_results():
+    first, second, *ddpg = re.search(
+        r"`reparameterized` is at (\d+) after 105,000 steps and at (\d+) after 300,000, `ddpg.py` at (\d+) "
+        r"\(after 120,000 at (\d+)\) and (\d+)\.",
+        " ".join(README.split()),
+    ).groups()
+
+    def mean(script: str, steps: str) -> str:
+        return f"{statistics.mean(run['evaluations'][steps] for run in runs_of('HalfCheetah-v5', script)):.0f}"
+
+    assert [first, second] == [mean("off_policy_ac", steps) for steps in ("105000", "300000")]
+    assert ddpg == [mean("ddpg", steps) for steps in ("105000", "120000", "300000")]
