@@ -55,7 +55,7 @@ resumed run is exact.
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
     python off_policy_ac.py
-    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 10000 \
+    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 --learning-starts 25000 \
         --hidden-size 256 --batch-size 256 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 \
         --tau 0.005 --ent-coef 0.1 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
 """

@@ -103,7 +103,7 @@ FLAGS = {
     ("trpo", "Walker2d-v5"): TRUST_MUJOCO.replace(NARROW, "--max-kl 0.08"),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
     ("trpo-dual", "HalfCheetah-v5"): f"{TRUST_MUJOCO} --constraint dual",
-    ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 10000 {ONE_DRAW}",
+    ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000 {ONE_DRAW}",
     ("ddpg", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000",
     ("off_policy_ac", "Hopper-v5"): (
         f"{REPLAY_LEGS} --learning-starts 10000 {ONE_DRAW}".replace("--learning-rate 1e-3", "--learning-rate 3e-4")
