@@ -5,10 +5,10 @@ which benchmark/peers.py runs. The flags were compared on seeds from 11 on, whic
 reported (1 to 5). But bad results on some of the reported seeds were the reason to look for others, for npg and trpo on
 InvertedPendulum-v5 (seed 1 also showed the cause), trpo on Hopper-v5 and Walker2d-v5, ppo on Hopper-v5, npg, reinforce
 and actor_critic on Acrobot-v1, ddpg on HalfCheetah-v5, off_policy_ac on Acrobot-v1, Pendulum-v1, Hopper-v5 and
-HalfCheetah-v5 (twice), a2c on HalfCheetah-v5 (twice) and Walker2d-v5, and for the budget of actor_critic and a2c on Pendulum-v1;
-often one or two seeds were all there was time for. On Walker2d-v5, reinforce and ddpg have the flags of Hopper-v5,
-untried, off_policy_ac those that were no good there, and actor_critic those of Hopper-v5 since three others were no
-better.
+HalfCheetah-v5 (twice), a2c on HalfCheetah-v5 (twice) and Walker2d-v5, and for the budget of actor_critic and a2c on
+Pendulum-v1; often one or two seeds were all there was time for. On Walker2d-v5, reinforce and ddpg have the flags of
+Hopper-v5, untried, off_policy_ac those that were no good there, and actor_critic those of Hopper-v5 since three others
+were no better.
 """
 
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
