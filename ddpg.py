@@ -1,74 +1,56 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0",
-#   "gymnasium[classic-control,mujoco]==1.4.0",
-#   "mujoco==3.8.1",
-#   "numpy==2.4.6",
-#   "tyro==1.0.17",
-#   "tensorboard==2.21.0",
-# ]
-# ///
-"""DDPG: a deterministic policy that climbs the slope of Q(s, a) in the action; noise explores around it.
+r"""DDPG: a deterministic policy that climbs the slope of Q(s, a) in the action; noise explores around it.
 
-Silver et al. 2014, "Deterministic Policy Gradient Algorithms" (theorem 1, eq. 15 to 18); Lillicrap et al. 2016,
-"Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971), algorithm 1.
+Silver et al. 2014, "Deterministic Policy Gradient Algorithms", theorem 1.
+Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (arXiv 1509.02971), Algorithm 1.
 
     for each step of N environments:
-        1. take a = μ(s) + noise, cut off at the bounds, and store (s, a, r, s', terminated) in the replay buffer; the
+        1. anneal the learning rates
+        2. take a = μ(s) + noise, cut off at the bounds, and store (s, a, r, s', terminated) in a buffer; the
            first learning_starts actions are uniform instead
         num_updates times, once learning_starts transitions are stored:
-            2. draw a batch from the buffer
-            3. critic: one Adam step on mean (Q(s, a) − y)²,  y = r + γ Q'(s', μ'(s'))  (DDPG eq. 4 and 5)
-            4. actor: one Adam step on −mean Q(s, μ_θ(s)), along mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s)  (DDPG eq. 6)
-            5. the targets Q' and μ' follow: φ' ← φ' + τ (φ − φ'), θ' ← θ' + τ (θ − θ')
-    every log_interval steps: log, evaluate and save
+            3. draw a batch from the buffer
+            4. one Adam step of the critic on mean (Q(s, a) − y)²,  y = r + γ Q'(s', μ'(s'))  (eq. 4 and 5)
+            5. one Adam step of the actor on −mean Q(s, μ_θ(s)), along mean ∇_θ μ ∇_a Q at a = μ(s)  (eq. 6)
+            6. the targets follow: φ' ← φ' + τ (φ − φ'), θ' ← θ' + τ (θ − θ')
+        7. log, evaluate, save
 
-If s' terminates the task, it is worth 0; a time limit is no such end. An update comes after each step of all N
-environments, so with num_updates = N there is one for each transition.
+If s' terminates the task, it is worth 0; a time limit is no such end. With num_updates = N there is one
+update for each transition. Actions are in units in which the bounds of a Box are ±1, everywhere; tanh keeps μ
+within them. Noise is drawn for each dimension of each environment: white, or an Ornstein-Uhlenbeck process
+(noise_correlation) that begins anew with each episode.
 
-Actions are in units in which the bounds of a Box are ±1, for the policy, for Q, in the buffer and for the noise; tanh
-keeps μ within them, however they lie. Each dimension of each environment has its own noise. It is white, or an
-Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
+Beyond the papers: Q sees the action in its first layer; neither weight decay nor batch normalisation; the
+first actions are uniform; white noise is the default (Fujimoto et al. 2018); observations and rewards are
+normalised by default.
 
-What departs from the papers, and why: Q sees the action in its first layer, not the second, and there is neither
-weight decay nor batch normalisation, as in most later implementations; the first actions are uniform, which fills the
-buffer with all of them; white noise is the default, which Fujimoto et al. 2018 found to do as well; observations and
-rewards are scaled by running statistics unless a flag says no; all episodes restart after a checkpoint, which holds
-the buffer too, so that a resumed run is exact.
-
-Compare with off_policy_ac.py: a stochastic policy, whose own noise explores; its `reparameterized` is step 4 with
-noise.
+Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
 
     python ddpg.py
-    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --learning-starts 25000 --hidden-size 256 \
-        --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile
+    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --learning-starts 25000 \
+        --hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs \
+        --no-normalize-rewards --compile
 """
 
 import math
 import os
-import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple, NoReturn
-from zipfile import BadZipFile, ZipFile
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -76,162 +58,83 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     """Flags of the command line; the defaults solve Pendulum-v1."""
 
-    # Experiment
-    env_id: str = "Pendulum-v1"  # Gymnasium environment with Box or Discrete observations and actions
-    seed: int = 1  # of everything random: networks, actions, environments
-    total_timesteps: int = 20_000  # environment steps over all environments, rounded up to a whole iteration
-    num_envs: int = 1  # environments that are stepped together, N
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
-    compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
-    run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
+    env_id: str = "Pendulum-v1"  # Gymnasium environment; module:Name-v0 imports the module first
+    seed: int = 1  # of everything random
+    total_timesteps: int = 20_000  # environment steps, over all environments
+    num_envs: int = 1  # environments, N
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
+    num_threads: int = 1  # of PyTorch on the CPU
+    compile: bool = False  # compile the gradient; takes half a minute
+    run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
-    checkpoint_every: int = 100_000  # environment steps between checkpoints, after which all episodes restart; 0: off
-    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: at the end alone
-    eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
+    checkpoint_every: int = 100_000  # environment steps; episodes restart after a checkpoint; 0: off
+    eval_every: int = 0  # environment steps; 0: at the end alone
+    eval_episodes: int = 20  # of the greedy policy; 0: no evaluation
+    max_episode_steps: int = 0  # time limit; 0: the environment's own
 
-    # Algorithm
-    log_interval: int = 200  # environment steps in an iteration, which ends with one point of each curve
+    log_interval: int = 200  # environment steps between two points of a curve
     learning_starts: int = 1_000  # transitions in the replay buffer before the first update
     num_updates: int = 1  # updates after each step of all environments
     batch_size: int = 128  # transitions in the batch of an update
-    buffer_size: int = 1_000_000  # transitions that are kept, 4 bytes a number: a million of HalfCheetah-v5 are 0.17 GB
-    learning_rate: float = 1e-3  # the optimizer's step size
+    buffer_size: int = 1_000_000  # transitions that are kept
+    learning_rate: float = 1e-3  # Adam's step size for the policy
     q_learning_rate: float = 1e-3  # Adam's step size for Q
-    anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
+    anneal_lr: bool = True  # lower them linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
-    tau: float = 0.05  # how far the target network moves towards Q in each update
-    exploration_noise: float = 0.1  # deviation of the noise that is added to an action, in units of ±1
-    noise_correlation: float = 0.0  # of a step's noise with the next one's; 0: white noise, else Ornstein-Uhlenbeck
-    max_grad_norm: float = 1e3  # the gradient of all parameters together is scaled down to this norm where it is longer
-    normalize_obs: bool = True  # shift and scale observations by their running mean and deviation
-    normalize_rewards: bool = True  # divide rewards by the running deviation of the discounted return
-    hidden_size: int = 64  # width of the two hidden layers of each network
+    tau: float = 0.05  # how far the targets move in each update
+    exploration_noise: float = 0.1  # deviation of the noise, where the bounds of actions are ±1
+    noise_correlation: float = 0.0  # of a step's noise with the next one's; 0: white, else Ornstein-Uhlenbeck
+    max_grad_norm: float = 1e3  # a longer gradient is scaled down to this norm
+    normalize_obs: bool = True  # by the running mean and deviation
+    normalize_rewards: bool = True  # by the running deviation of the discounted return
+    hidden_size: int = 64  # width of the two hidden layers
 
     def __post_init__(self) -> None:
-        check_flags(self)
-        if self.tau > 1:
-            raise ValueError(f"--tau must be at most 1, not {self.tau}")
-        if self.noise_correlation > 1:
-            raise ValueError(f"--noise-correlation must be at most 1, not {self.noise_correlation}")
-        if self.buffer_size < self.num_envs:
-            raise ValueError(f"--buffer-size {self.buffer_size} does not hold one step of all environments")
-
-
-def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
-    """A plain list of environments; observations come out flat (Box reshaped, Discrete one-hot)."""
-    try:
-        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    if not isinstance(obs_space, spaces.Box | spaces.Discrete):
-        fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
-    is_box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-    if not is_box and not isinstance(action_space, spaces.Discrete):
-        fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
-    flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
-    return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
+        check_ranges(self)
+        if self.tau > 1 or self.noise_correlation > 1:
+            raise ValueError("--tau and --noise-correlation must be at most 1")
 
 
 def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, those of the last layer times `gain`."""
-    layers = [WideLinear(fan_in, hidden_size), WideLinear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
+    """ReLU network with two hidden layers and PyTorch's initial weights, in the last times `gain`."""
+    sizes = (fan_in, hidden_size), (hidden_size, hidden_size), (hidden_size, fan_out)
+    layers = [nn.Linear(*size) for size in sizes]
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
-class DeterministicActor(nn.Module):
-    """a = μ(s) in units of ±1, between which tanh keeps it."""
+class Agent(nn.Module):
+    """Policy μ(s) and action value Q(s, a), each with its target, of raw observations; actions are in ±1."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
+    def __init__(self, envs, args: Args) -> None:
         super().__init__()
-        self.action_dim = action_dim
-        self.net = relu_mlp(obs_dim, hidden_size, action_dim, 0.1)
-
-    @staticmethod
-    def choose(out: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """tanh(out) + noise, cut off at the bounds, (B, action_dim)."""
-        return np.clip(np.tanh(out) + noise, -1, 1)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.net(obs).tanh()
-
-
-class QCritic(nn.Module):
-    """Action value Q(s, a) of continuous actions: (..., obs_dim) and (..., action_dim) to (...)."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.net = relu_mlp(obs_dim + action_dim, hidden_size, 1, 1.0)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
-
-
-class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far; before any of them, x."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("shift", torch.zeros(shape))
-        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))  # inf is no good number
-
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
-        x = x.to(self.mean.dtype).reshape(-1, *self.mean.shape)
-        var, mean = torch.var_mean(x, 0, correction=0)
-        self.count.add_(len(x))
-        weight, delta = len(x) / self.count, mean - self.mean
-        self.var.lerp_(var + (1 - weight) * delta**2, weight)
-        self.mean.lerp_(mean, weight)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
-        self.shift.copy_(-self.mean * self.scale)
-        self.limit.fill_(10.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale).clamp(-self.limit, self.limit)
-
-
-def frozen(obs_norm: RunningNorm, net: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """The output of a network as it is now, in NumPy: from raw observations (N, obs_dim) to (N, ...).
-
-    For the few rows of an environment step this is several times faster than PyTorch, and a GPU is asked but once.
-    """
-    tensors = [obs_norm.scale, obs_norm.shift, obs_norm.limit, *net.parameters()]
-    flat, end, parts = torch.cat([x.detach().flatten() for x in tensors]).cpu().numpy(), 0, []
-    for x in tensors:
-        start, end = end, end + x.numel()
-        parts.append(flat[start:end].reshape(x.shape))
-    scale, shift, limit, w1, b1, w2, b2, w3, b3 = parts
-
-    def forward(obs: np.ndarray) -> np.ndarray:
-        x = np.minimum(np.maximum(obs * scale + shift, -limit), limit)
-        return np.maximum(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2, 0) @ w3.T + b3
-
-    return forward
-
-
-class DDPGAgent(nn.Module):
-    """The policy and the critic, each with its target, and the statistics that normalise what they see."""
-
-    def __init__(self, env: gym.Env, hidden_size: int) -> None:
-        super().__init__()
-        obs_dim, action_dim = env.observation_space.shape[0], math.prod(env.action_space.shape)
-        self.obs_norm = RunningNorm(obs_dim)
-        self.actor = DeterministicActor(obs_dim, action_dim, hidden_size)
-        self.critic = QCritic(obs_dim, action_dim, hidden_size)
+        self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
+        self.actor = relu_mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.1)
+        self.critic = relu_mlp(envs.obs_dim + envs.action_dim, args.hidden_size, 1, gain=1.0)
         self.target_actor, self.target_critic = deepcopy(self.actor), deepcopy(self.critic)
 
-    def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """act(obs, noise): the current policy, frozen, from raw observations (N, obs_dim) to actions in units of ±1."""
-        forward = frozen(self.obs_norm, self.actor.net)
-        return lambda obs, noise: self.actor.choose(forward(obs), noise)
+    def action(self, obs: Tensor, actor: nn.Module) -> Tensor:
+        """μ(s), (..., action_dim), of the actor or its target."""
+        return actor(self.obs_norm(obs)).tanh()
+
+    def q_values(self, obs: Tensor, actions: Tensor, critic: nn.Module) -> Tensor:
+        """Q(s, a), (...), of the critic or its target."""
+        return critic(torch.cat([self.obs_norm(obs), actions], -1)).squeeze(-1)
+
+    def in_numpy(self):
+        """Returns act(obs, noise): μ as it is now plus noise, cut off at ±1; (N, obs_dim) to (N, action_dim).
+
+        For a few rows NumPy is several times faster than PyTorch. Noise 0 is the greedy policy.
+        """
+        w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
+
+        def act(obs, noise):
+            x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
+            output = np.maximum(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2, 0) @ w3.T + b3
+            return (np.tanh(output) + noise).clip(-1, 1)
+
+        return act
 
 
 def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
@@ -240,542 +143,465 @@ def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
     return rewards + gamma * (1 - terminated) * next_values
 
 
-def polyak(target: Tensor, online: Tensor, tau: float) -> None:
-    """φ' ← φ' + τ (φ − φ'), in place."""
-    target.lerp_(online, tau)
-
-
-def deterministic_q_loss(
-    agent: DDPGAgent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor, *,
+def q_loss(
+    agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
     gamma: float,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """mean (Q(s, a) − y)² over a batch of raw transitions (DDPG's L), and what to log of it."""
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """mean (Q(s, a) − y)² over a batch of transitions (DDPG's L), and what to log."""
     with torch.no_grad():
-        next_obs = agent.obs_norm(next_obs)
-        next_values = agent.target_critic(next_obs, agent.target_actor(next_obs))
+        next_actions = agent.action(next_obs, agent.target_actor)
+        next_values = agent.q_values(next_obs, next_actions, agent.target_critic)
         targets = q_targets(rewards, terminated, next_values, gamma)
-    q_values = agent.critic(agent.obs_norm(obs), actions)
+    q_values = agent.q_values(obs, actions, agent.critic)
     assert q_values.shape == targets.shape
     loss = mse_loss(q_values, targets)
-    return loss, {"q_loss": loss, "q_values": q_values.mean()}
+    return loss, [loss, q_values.mean()]
 
 
-def deterministic_policy_loss(agent: DDPGAgent, obs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """−mean Q(s, μ(s)): minus its gradient is mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s) (DPG eq. 15, DDPG eq. 6)."""
-    obs = agent.obs_norm(obs)
-    loss = -agent.critic(obs, agent.actor(obs)).mean()
-    return loss, {"policy_loss": loss}
+def policy_loss(agent: Agent, obs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """−mean Q(s, μ(s)): minus its gradient is mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s) (DDPG eq. 6)."""
+    loss = -agent.q_values(obs, agent.action(obs, agent.actor), agent.critic).mean()
+    return loss, [loss]
 
 
-def next_noise(noise: Tensor, dones: Tensor, draw: Tensor, deviation: float, correlation: float) -> Tensor:
-    """n ← c n + σ √(1 − c²) ε, all (N, action_dim), ε ~ N(0, 1); c = 0 where a new episode begins (dones, (N,)).
+def next_noise(noise: Tensor, starts: Tensor, draw: Tensor, deviation: float, correlation: float) -> Tensor:
+    """n ← c n + σ √(1 − c²) ε, (N, action_dim), ε ~ N(0, 1); c = 0 where an episode begins (starts, (N,)).
 
-    A process of deviation σ at all times: white for c = 0, else that of Ornstein and Uhlenbeck, seen at whole steps,
+    A process of deviation σ at all times: white for c = 0, else Ornstein and Uhlenbeck's at whole steps,
     with c = e^−θ. The θ = 0.15 and σ = 0.2 of Lillicrap et al. are correlation 0.86 and deviation 0.37.
     """
-    c = correlation * ~dones.unsqueeze(-1)
+    c = correlation * ~starts.unsqueeze(-1)
     return c * noise + deviation * (1 - c**2).sqrt() * draw
 
 
+def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+    grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
+    norm = grad.norm()
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
+
+
 class ReplayBuffer:
-    """The last `capacity` transitions, one a row of a single tensor: a batch is then a single gather.
+    """The last `capacity` transitions, one a row of a single tensor: a batch is then a single gather."""
 
-    `widths` are those of the columns; 0 stands for a number. The checkpoint holds the rows that were filled.
-    """
-
-    def __init__(self, capacity: int, widths: Sequence[int], device: torch.device) -> None:
-        self.widths, self.sizes, self.count = widths, [max(width, 1) for width in widths], 0
+    def __init__(self, capacity: int, widths: list[int], device: torch.device) -> None:
+        self.widths = widths  # of the columns, which are (B, width)
+        self.count = 0
         try:
-            self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+            self.rows = torch.empty(capacity, sum(widths), device=device)
         except RuntimeError:
-            size = 4 * capacity * sum(self.sizes) / 1e9
-            fail(f"--buffer-size {capacity} needs {size:,.1f} GB of memory, which cannot be had on {device}")
+            fail(f"--buffer-size {capacity} needs {4e-9 * capacity * sum(widths):,.1f} GB on {device}")
 
-    def add(self, *columns: Tensor) -> None:
-        """Appends N transitions, columns (N, width) or (N,); the oldest ones make room."""
-        rows = torch.cat([x.float().reshape(len(x), -1) for x in columns], -1)
-        where = (self.count + torch.arange(len(rows))) % len(self.rows)
-        self.rows[where.to(self.rows.device)] = rows.to(self.rows.device)
+    def add(self, *columns: np.ndarray) -> None:
+        """Appends N transitions, columns (N, ...); the oldest ones make room."""
+        rows = np.concatenate([x.reshape(len(x), -1) for x in columns], 1, dtype=np.float32)
         self.count += len(rows)
+        rows = torch.from_numpy(rows[-len(self.rows) :]).to(self.rows.device)
+        where = torch.arange(self.count - len(rows), self.count, device=self.rows.device) % len(self.rows)
+        self.rows[where] = rows
 
-    def __len__(self) -> int:
-        return min(self.count, len(self.rows))
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The columns of a batch, drawn uniformly, with replacement."""
+        index = torch.randint(min(self.count, len(self.rows)), (batch_size,)).to(self.rows.device)
+        return self.rows.index_select(0, index).split(self.widths, 1)
 
-    def sample(self, batch_size: int) -> list[Tensor]:
-        """A batch of columns, drawn uniformly, with replacement."""
-        index = torch.randint(len(self), (batch_size,)).to(self.rows.device)
-        columns = self.rows.index_select(0, index).split(self.sizes, -1)
-        return [x if width else x.squeeze(-1) for x, width in zip(columns, self.widths, strict=True)]
+    def state_dict(self) -> dict:
+        return {"count": self.count, "rows": self.rows[: self.count].clone()}  # what was filled
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "rows": self.rows[: len(self)].clone()}  # of a view, all would be saved
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
-        self.rows[: len(self)].copy_(state["rows"])
+        self.rows[: self.count] = state["rows"]
 
 
-class Step(NamedTuple):
-    """What one step of N environments has led to."""
-
-    next_obs: Tensor  # s' (N, obs_dim), the true successor, also where an episode ended
-    rewards: Tensor  # r (N,)
-    terminated: Tensor  # (N,), s' ends the task: its value is 0
-    dones: Tensor  # (N,), terminated or truncated
-    discounted_returns: Tensor  # r_t + γ r_{t-1} + γ² r_{t-2} + ... back to the start of the episode (N,)
-
-
-class Stepper:
-    """Steps N environments, and carries the unfinished episodes."""
-
-    def __init__(self, envs: list[gym.Env], gamma: float) -> None:
-        self.envs, self.gamma = envs, gamma
-        self.to_env = action_map(envs[0].action_space)
-
-    def reset(self, seed: int, iteration: int) -> None:
-        """Drops the unfinished episodes and starts all environments from seeds made of (seed, iteration, index)."""
-        resets = [env.reset(seed=env_seed(seed, 0, iteration, i)) for i, env in enumerate(self.envs)]
-        self.obs = np.array([obs for obs, _ in resets], np.float32)
-        self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
-
-    def step(self, actions: np.ndarray) -> tuple[Step, list[tuple[int, float, int]]]:
-        """Takes actions in units of ±1; adds (steps, return, length) of each episode that ended."""
-        next_obs, ended = np.empty_like(self.obs), []
-        rewards, discounted_returns = np.empty((2, len(self.envs)), np.float32)
-        terminated, dones = np.empty((2, len(self.envs)), bool)
-        for i, (env, action) in enumerate(zip(self.envs, self.to_env(actions), strict=True)):
-            next_obs[i], reward, terminated[i], truncated, _ = env.step(action)
-            episodic_return, length, discounted = self.episodes[i]
-            self.episodes[i] = (episodic_return + reward, length + 1, reward + self.gamma * discounted)
-            rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
-            dones[i] = terminated[i] or truncated
-        self.obs = next_obs.copy()
-        for i in np.flatnonzero(dones):
-            ended.append((int(i) + 1, *self.episodes[i][:2]))
-            self.obs[i], _ = self.envs[i].reset()
-            self.episodes[i] = (0.0, 0, 0.0)
-        arrays = (next_obs, rewards, terminated, dones, discounted_returns)
-        return Step(*(torch.from_numpy(array) for array in arrays)), ended
+METRICS = (
+    "losses/q_loss", "losses/q_values", "losses/q_grad_norm", "losses/policy_loss", "losses/grad_norm",
+)  # fmt: skip
 
 
 def train(args: Args) -> dict[str, float]:
-    """Runs DDPG; gives the last value of each metric, the final evaluation among them."""
-    device = set_up(args.device, args.num_threads, args.seed)
-    envs = make_envs(args.env_id, args.num_envs)
-    space = envs[0].action_space
-    if not isinstance(space, spaces.Box):
-        fail(f"{args.env_id} has actions {space}; Box of floats is supported here, Discrete in off_policy_ac.py")
-    if not np.isfinite([space.low, space.high]).all():
-        fail(f"{args.env_id} has actions {space}; tanh needs finite bounds, the on-policy siblings do not")
-    agent = DDPGAgent(envs[0], args.hidden_size).to(device)
-    obs_dim, action_dim = len(agent.obs_norm.mean), agent.actor.action_dim
-    buffer = ReplayBuffer(args.buffer_size, (obs_dim, action_dim, 0, obs_dim, 0), device)
-    return_norm, stepper = RunningNorm(1).to(device), Stepper(envs, args.gamma)
-    parts = {"agent": agent, "return_norm": return_norm, "buffer": buffer}
+    """Runs DDPG; returns the last value of each metric, the evaluated return among them."""
+    device = set_up(args)
+    with Run() as run:
+        envs = Envs(run, args, args.num_envs)
+        if envs.discrete:
+            fail(f"{args.env_id} has Discrete actions: ddpg.py takes a Box, off_policy_ac.py takes both")
+        agent = Agent(envs, args).to(device)
+        return_norm = RunningNorm().to(device)
+        params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
+        flat, critic_flat = flatten(params), flatten(critic_params)
+        target_critic = flatten(list(agent.target_critic.parameters()))
+        target_actor = flatten(list(agent.target_actor.parameters()))
+        optimizer = torch.optim.Adam([flat], lr=args.learning_rate, fused=True)
+        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate, fused=True)
+        buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, envs.action_dim, 1, envs.obs_dim, 1], device)
+        optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
+        run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
 
-    def updater(name: str, loss: Callable, net: nn.Module, learning_rate: float) -> tuple[Callable, Tensor]:
-        params = list(net.parameters())
-        flat = flatten(params)
-        parts[name] = torch.optim.Adam([flat], lr=learning_rate, fused=True)
-        return make_update(partial(loss, agent), params, parts[name], args.max_grad_norm, args.compile), flat.data
+        def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
+            """The clipped gradient of the critic's loss as one vector, and the metrics as another."""
+            loss, metrics = q_loss(agent, *batch, args.gamma)
+            grad, grad_norm = flat_gradient(loss, critic_params, args.max_grad_norm)
+            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
 
-    loss = partial(deterministic_q_loss, gamma=args.gamma)
-    update_critic, critic = updater("q_optimizer", loss, agent.critic, args.q_learning_rate)
-    update_actor, actor = updater("optimizer", deterministic_policy_loss, agent.actor, args.learning_rate)
-    target_critic = flatten(list(agent.target_critic.parameters())).data
-    target_actor = flatten(list(agent.target_actor.parameters())).data
-    with Run(args, **parts) as run:
-        while run.step < args.total_timesteps:
-            remaining = 1 - args.anneal_lr * run.step / args.total_timesteps
-            parts["optimizer"].param_groups[0]["lr"] = args.learning_rate * remaining
-            parts["q_optimizer"].param_groups[0]["lr"] = args.q_learning_rate * remaining
-            if run.fresh_start:
-                stepper.reset(args.seed, run.iteration)
-                noise, dones = torch.zeros(args.num_envs, action_dim), torch.ones(args.num_envs, dtype=torch.bool)
+        def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
+            """The clipped gradient of the actor's loss as one vector, and the metrics as another."""
+            loss, metrics = policy_loss(agent, obs)
+            grad, grad_norm = flat_gradient(loss, params, args.max_grad_norm)
+            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
 
-            metrics, ended = [], []
-            for step in range(0, args.log_interval, args.num_envs):
-                # 1. act and store
-                obs, draw = stepper.obs, torch.randn(args.num_envs, action_dim)
-                noise = next_noise(noise, dones, draw, args.exploration_noise, args.noise_correlation)
-                out = frozen(agent.obs_norm, agent.actor.net)(obs)
-                actions = agent.actor.choose(out, noise.numpy())
-                if buffer.count < args.learning_starts:
-                    actions = (2 * torch.rand(args.num_envs, action_dim) - 1).numpy()
-                if not math.isfinite(out.sum() + actions.sum()):  # MuJoCo would not survive it
-                    found = {"obs": obs} | (metrics[-1] if metrics else {}) | {"actions": actions, "policy": out}
-                    check_finite(run.step + step, found)
-                new, episodes = stepper.step(actions)
-                check_finite(run.step + step, {"rewards": new.rewards, "next_obs": new.next_obs})
-                obs, actions, dones = torch.from_numpy(obs), torch.from_numpy(actions), new.dones
-                buffer.add(obs, actions, new.rewards, new.next_obs, new.terminated)
-                ended += [(step + offset, *episode) for offset, *episode in episodes]
-                if args.normalize_obs:
-                    agent.obs_norm.update(obs.to(device))
-                if args.normalize_rewards:
-                    return_norm.update(new.discounted_returns.to(device))
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
+            gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
+            critic_gradient = torch.compile(critic_gradient, mode="reduce-overhead")
 
-                for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
-                    # 2. draw a batch
-                    obs, actions, rewards, next_obs, terminated = buffer.sample(args.batch_size)
-                    rewards = rewards * return_norm.scale
+        noise = torch.zeros(args.num_envs, envs.action_dim)
+        while run.step < args.total_timesteps and not run.signal:
+            # 1. anneal the learning rates
+            left = 1 - args.anneal_lr * run.step / args.total_timesteps
+            optimizer.param_groups[0]["lr"] = left * args.learning_rate
+            critic_optimizer.param_groups[0]["lr"] = left * args.q_learning_rate
 
-                    # 3. the critic's step
-                    fit = update_critic(obs, actions, rewards, next_obs, terminated)
+            # 2. act and store
+            obs = envs.obs
+            starts = torch.tensor([length == 0 for _, length, _ in envs.episodes])
+            kind = args.exploration_noise, args.noise_correlation
+            noise = next_noise(noise, starts, torch.randn_like(noise), *kind)
+            actions = agent.in_numpy()(obs, noise.numpy())
+            if buffer.count < args.learning_starts:
+                actions = 2 * torch.rand_like(noise).numpy() - 1
+            rewards, next_obs, terminated, _, discounted_returns = envs.step(actions)
+            buffer.add(obs, actions, rewards, next_obs, terminated)
+            if args.normalize_obs:
+                agent.obs_norm.update(torch.from_numpy(obs).to(device))
+            if args.normalize_rewards:
+                return_norm.update(torch.from_numpy(discounted_returns).to(device))
 
-                    # 4. the actor's step, in which nobody asks for the critic's gradient
-                    agent.critic.requires_grad_(False)
-                    metrics.append(fit | update_actor(obs))
-                    agent.critic.requires_grad_(True)
+            metrics = []
+            for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
+                # 3. draw a batch
+                obs, actions, rewards, next_obs, terminated = buffer.sample(args.batch_size)
+                rewards, terminated = rewards[:, 0] * return_norm.scale, terminated[:, 0]
 
-                    # 5. the targets follow
-                    polyak(target_critic, critic, args.tau)
-                    polyak(target_actor, actor, args.tau)
+                # 4. the critic's step
+                batch = obs, actions, rewards, next_obs, terminated
+                critic_flat.grad, critic_metrics = critic_gradient(*batch)
+                critic_metrics = critic_metrics.clone()  # the actor's CUDA graph would overwrite them
+                critic_optimizer.step()
 
-            # log, evaluate, save
-            more = {"charts/learning_rate": args.learning_rate * remaining}
-            run.end_iteration(step + args.num_envs, ended, (mean_metrics(metrics) if metrics else {}) | more)
+                # 5. the actor's step
+                flat.grad, actor_metrics = gradient(obs)
+                optimizer.step()
+                metrics.append(torch.cat([critic_metrics, actor_metrics]))
+
+                # 6. the targets follow
+                target_critic.data.lerp_(critic_flat.data, args.tau)
+                target_actor.data.lerp_(flat.data, args.tau)
+
+            # 7. log, evaluate, save
+            means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
+            run.end_iteration(means, left * args.learning_rate, args.log_interval)
         return run.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed: wide layers by oneDNN, which took half the time of MKL on an AMD EPYC. Without it, only rounding differs.
-# ---------------------------------------------------------------------------------------------------------------------
-ONEDNN = torch.backends.mkldnn.is_available()
-if ONEDNN and not hasattr(torch.ops.onednn_float32, "linear"):  # torch.compile refuses `original` if weights change
-    original = torch.ops.mkldnn._linear_pointwise.default
-    torch.library.define("onednn_float32::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    torch.library.impl("onednn_float32::linear", "cpu")(lambda x, w, b: original(x, w, b, "none", [], ""))
-    torch.library.register_fake("onednn_float32::linear")(nn.functional.linear)  # the shape alone
+# ------------------------------------------------------------------------------------------------------------
+# Below: tools, the same text in every script
+SCRIPT = Path(__file__).stem
+LONGEST = 100_000  # steps of an episode that has to end
 
 
-class OneDNNProduct(torch.autograd.Function):
-    """y = x Wᵀ + b, (B, I) to (B, O). With g = dL/dy, its gradients are g W for x, gᵀ x for W, and Σ_B g for b."""
+class RunningNorm(nn.Module):
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.onednn_float32.linear.default(x, weight, bias)
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
+        self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
-        grad_x = torch.ops.onednn_float32.linear.default(grad, weight.T, None) if needed[0] else None
-        grad_weight = torch.ops.onednn_float32.linear.default(grad.T.contiguous(), x.T, None) if needed[1] else None
-        return grad_x, grad_weight, grad.sum(0) if needed[2] else None
-
-
-class WideLinear(nn.Linear):
-    """nn.Linear, but with 256 outputs or more, in float32 on a CPU, by oneDNN."""
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+        x = x.reshape(-1, *self.mean.shape).double()
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count += len(x)
+        weight = len(x) / self.count
+        self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
+        self.mean64.lerp_(mean, weight)
+        self.mean.copy_(self.mean64)
+        self.scale.copy_(torch.where(self.var > 0, (self.var + 1e-8).rsqrt(), 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (ONEDNN and x.is_cpu and x.dtype == torch.float32 and self.out_features >= 256):
-            return super().forward(x)
-        return OneDNNProduct.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
-FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Exits with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def check_flags(args: Any) -> None:
-    """Raises ValueError, in one sentence, for the first number that is out of its flag's range."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool | str):
-            continue
-        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
-        low = -100 if name == "log_std_init" else 0 if zero else 1
-        high = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if name == "num_threads" else 2**63 - 1
-        if not low <= value <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
-
-
-def set_up(device: str, num_threads: int, seed: int) -> torch.device:
-    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; returns the device."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|cuda|cuda:(0|[1-9]\d*)", chosen):
-        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
-    if chosen != "cpu" and int(chosen[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    return torch.device(chosen)
-
-
-def env_seed(seed: int, *stream: int) -> int:
-    """The seed of a stream: (0, iteration, index) for training, (1, episode) for evaluation; 32 well-mixed bits."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
-
-
-def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) such that the environment's action is scale x the policy's + shift.
-
-    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
-    """
-    if isinstance(space, spaces.Discrete):
-        return np.int64(1), space.start
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
-    return (high - low) / 2, (high + low) / 2
-
-
-def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
-    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
-    scale, shift = action_units(space)
-    if isinstance(space, spaces.Discrete):
-        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
-    low, high, shape = space.low, space.high, (-1, *space.shape)
-    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
-
-
-def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
-    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
-
-    The episodes are the same ones at every call. Nothing that training reads is written, and no noise is drawn.
-    """
-    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
-    for episode in range(episodes):
-        (obs, _), done = env.reset(seed=env_seed(seed, 1, episode)), False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-    return total / episodes, length / episodes
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
-    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
-    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-    nn.utils.vector_to_parameters(flat.data, params)
+    """One vector of which the parameters become views: an optimizer's step is then one kernel."""
+    flat = nn.Parameter(parameters_to_vector(params).detach())
+    vector_to_parameters(flat.data, params)
     return flat
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of x over the processes of torchrun; x itself where there is but one."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
+def to_numpy(*tensors: Tensor) -> list[np.ndarray]:
+    """As arrays; from a GPU they come over in one transfer, on the CPU they are views."""
+    if tensors[0].is_cuda:
+        parts = torch.cat([x.detach().ravel() for x in tensors]).cpu().split([x.numel() for x in tensors])
+        tensors = [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    return [x.detach().numpy() for x in tensors]
 
 
-def agree(signum: int, ended: list) -> tuple[int, list]:
-    """A signal that came to any of the processes of torchrun, and the episodes that ended in all of them, in order."""
-    everything = [(signum, ended)]
-    if dist.is_initialized():
-        everything *= dist.get_world_size()
-        dist.all_gather_object(everything, (signum, ended))
-    signums, lists = zip(*everything, strict=True)
-    return max(signums), sorted(episode for each in lists for episode in each)
+def say(line):
+    """Prints; that the reader went away or the disk is full does not end the training."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None
 
 
-def make_update(
-    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
-) -> Callable:
-    """Returns update(*batch): one step of the optimizer, which holds flatten(params), along the clipped gradient.
+def fail(sentence, status=2):
+    """Exits; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {sentence}".splitlines()[0], file=sys.stderr)
+    raise SystemExit(status)
 
-    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+
+def check_ranges(args):
+    """Raises ValueError for the first number that is out of its flag's range."""
+    for name, field in args.__dataclass_fields__.items():
+        value, most = getattr(args, name), 1 if name in ("gamma", "gae_lambda") else 2**31 - 1
+        least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
+        least = -100 if name == "log_std_init" else int(least)
+        if not isinstance(value, str) and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
+
+
+def set_up(args):
+    """Returns the device; sets the threads and the seed of PyTorch, whose CPU generator draws all noise."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    compiled = vars(args).get("compile", False)
+    try:
+        torch.compile(torch.neg, disable=not compiled)(torch.zeros(1, device=device)).item()
+    except Exception as error:
+        fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    return torch.device(device)
+
+
+class Envs:
+    """N copies of an environment, with flat observations, and actions whose bounds are ±1.
+
+    A copy that ended restarts at once: `obs` (N, obs_dim) is what to act on next, `step` returns the true
+    successors. `steps` counts those of all copies; `ended` lists (step, return, length) of episodes.
     """
-    (flat,) = optimizer.param_groups[0]["params"]
 
-    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = loss(*batch)
-        grad = average(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)]))
-        grad_norm = grad.norm()
-        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
-
-    best, graphs = gradient, compile and flat.is_cuda
-    if compile:
-        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient, options={"size_asserts": False, "triton.cudagraphs": graphs})
-
-    def update(*batch: Tensor) -> dict[str, Tensor]:
-        nonlocal best
+    def __init__(self, stack, args, num_envs, first=0):
+        self.name, self.gamma, self.steps, self.ended = args.env_id, args.gamma, 0, []
+        self.first = first  # of these copies among those of several processes
+        options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
-            flat.grad, metrics = best(*batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
-            flat.grad, metrics = (best := gradient)(*batch)
-        optimizer.step()
-        return {name: metric.clone() for name, metric in metrics.items()} if graphs else metrics  # else overwritten
+            self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
+        except (gym.error.Error, ImportError) as error:
+            fail(f"--env-id {self.name}: {error}")
+        self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
+        self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
+        floats = isinstance(self.space, Box) and self.space.dtype.kind == "f"
+        if not (self.one_hot or isinstance(self.obs_space, Box)) or not (self.discrete or floats):
+            known = "Box or Discrete observations, Discrete actions (not in ddpg.py) or a Box of floats"
+            fail(f"{self.name} has observations {self.obs_space}, actions {self.space}; known are {known}")
+        self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
+        if floats:
+            low, high = self.space.low, self.space.high
+            largest = min(float(np.finfo(low.dtype).max), 1e30)  # from there on it means: no bound
+            bounded = np.maximum(-low, high) < largest
+            low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+            self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
-    return update
+    def row(self, obs):
+        """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
+        if np.shape(obs) != self.obs_space.shape:
+            fail(f"{self.name} returned an observation of shape {np.shape(obs)} for {self.obs_space}", 1)
+        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else np.ravel(obs)
+
+    def reset(self, *stream):
+        """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
+        seeds = np.random.SeedSequence(stream).generate_state(self.first + len(self.envs))[self.first :] >> 1
+        obs = [self.row(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds, strict=True)]
+        self.obs = np.array(obs, np.float32)
+        self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
+
+    def step(self, actions, running=None):
+        """Returns rewards, true successors, terminated, dones (terminated or truncated), discounted returns.
+
+        Copies that are not in the mask `running` wait: they stay where they are, for a reward of 0.
+        """
+        if self.discrete:
+            actions = actions + self.space.start
+        else:
+            if not np.isfinite(actions).all():
+                fail(f"an action of the policy is not finite at step {self.steps:,}", 1)
+            actions = actions.reshape(-1, *self.space.shape) * self.scale + self.shift
+            actions = actions.clip(self.space.low, self.space.high)
+        actions, next_obs = actions.astype(self.space.dtype), self.obs.copy()
+        rewards, discounted_returns = np.zeros((2, len(self.envs)), np.float32)
+        terminated, dones = np.zeros((2, len(self.envs)), bool)
+        copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
+        self.steps += len(copies)
+        try:
+            for i in copies:
+                action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+                obs, reward, ended, truncated, _ = self.envs[i].step(action)
+                next_obs[i], reward = self.row(obs), np.asarray(reward).item()
+                total, length, discounted = self.episodes[i]
+                self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
+                rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
+                terminated[i], dones[i] = bool(ended), bool(ended or truncated)
+        except Exception as error:
+            error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
+            raise
+        if not math.isfinite(next_obs.sum() + sum(rewards)):
+            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+            fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
+        self.obs = next_obs.copy()
+        for i in dones.nonzero()[0]:
+            self.ended.append((self.steps, *self.episodes[i][:2]))
+            self.obs[i], self.episodes[i] = self.row(self.envs[i].reset()[0]), (0.0, 0, 0.0)
+        return rewards, next_obs, terminated, dones, discounted_returns
 
 
-def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates (and processes), copied from the device in one go."""
-    means = average(torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]]))
-    return dict(zip(metrics[0], means.tolist(), strict=True))
+class Run(ExitStack):
+    """A run's directory, curves, checkpoint, evaluations and signals; closes what was opened.
 
-
-def check_finite(step: int, values: dict) -> None:
-    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
-        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
-
-
-class Run:
-    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
-
-    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
-    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
-    no environment needs saving, and the two agree bit for bit.
+    All episodes restart after a periodic checkpoint, in the run that goes on as in one that resumes: so no
+    environment has to be saved, and the two agree bit for bit.
     """
 
-    def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts, self.eval_env = args, parts, make_envs(args.env_id, 1)[0]
+    def start(self, args, envs, **parts):
+        """Begins in a new directory, or goes on from a checkpoint, which holds the state of all `parts`."""
+        self.args, self.envs, self.parts, self.metrics, self.pending = args, envs, parts, {}, []
         self.step = self.iteration = self.signal = 0
-        self.fresh_start, self.metrics, self.last_return = True, {}, math.nan
-        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
+        self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
         if args.resume and not args.run_dir:
             fail("--resume needs --run-dir, the run to continue")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            used = any(self.dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
-        if used and not args.resume:
-            fail(f"{self.dir} is not empty: add --resume to continue the run in it, or name another --run-dir")
-        if self.path.exists():
-            self.load()
+            self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+            if any(self.dir.iterdir()) and not args.resume:
+                raise FileExistsError("it is not empty; --resume continues its run")
+            if self.path.exists():
+                self.load()
+            self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+        except Exception as error:
+            fail(f"--run-dir {self.dir} cannot be used: {type(error).__name__} {error}")
+        self.writer.add_text("flags", "\n".join(f"    {flag} {value}" for flag, value in vars(args).items()))
+        with suppress(ValueError):  # only the main thread can set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, signum, signal.signal(signum, self.on_signal))
+        envs.steps = self.first_step = self.logged = self.step
+        envs.reset(args.seed, 0, self.iteration)
+        self.clock = time.perf_counter()
+        say(f"{SCRIPT} on {args.env_id}, from step {self.step:,}, in {self.dir}")
 
-    def load(self) -> None:
-        """Takes everything from the checkpoint, or refuses it."""
-        try:
-            with ZipFile(self.path) as file:
-                if file.testzip():
-                    raise BadZipFile  # PyTorch does not look at the checksums
-            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
-            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            names = [name for name in now | then if name not in FREE_FLAGS]  # one that only one of them has differs
-            changed = [name for name in names if now.get(name) != then.get(name)]
-            if changed:
-                differences = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
-                fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.iteration = saved["step"], saved["iteration"]
-            torch.set_rng_state(saved["rng"])
-        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
-            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+    def on_signal(self, signum, _):
+        """The first signal ends the run after this iteration; a second one kills the process."""
+        self.signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def save(self) -> None:
-        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        check_finite(self.step, state)
-        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
-        self.writer.flush()  # after a resume no event up to this step may be missing
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+    def load(self):
+        """Takes everything from the checkpoint, or raises what is wrong with it."""
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        flags, others = vars(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
+        changed = {flag for flag, _ in flags.items() ^ others.items()}
+        if changed := changed - {"device", "num_threads", "run_dir", "resume"}:  # which do not shape the run
+            raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step, self.iteration = saved["step"], saved["iteration"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self):
+        """A kill at any moment leaves a whole checkpoint: the old one, or this."""
+        self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
+        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        os.replace(file.name, self.path)
 
-    def __enter__(self) -> "Run":
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
-        flags = asdict(self.args).items()
-        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.first_step, self.compiling = time.perf_counter(), self.step, self.args.compile
-        self.shown = -math.inf
-        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.writer.close()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def on_signal(self, signum: int, _: Any) -> None:
-        """Notes the first signal, which is acted on at the end of the iteration; a second one kills the process."""
-        self.signal = signum
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a point to each curve, all in one event; the x axis is the number of environment steps."""
+    def log(self, step, metrics):
+        """Adds a point to each curve; the x axis is the number of environment steps."""
         self.metrics |= metrics
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
-        check_finite(self.step, metrics)
-        stop, ended = agree(self.signal, ended)  # read once: no exit without a checkpoint
-        for offset, episodic_return, length in ended:
-            self.last_return = episodic_return
-            point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
-            self.log(self.step + offset, point)
-        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        now = time.perf_counter()
-        self.speed = (self.step - self.first_step) / (now - self.clock)
-        self.log(self.step, metrics | {"charts/SPS": self.speed})
-        if self.compiling:  # what comes before the second update does not count, unless it is all there is
-            if "losses/grad_norm" in metrics:
-                print(f"the first update compiled: {now - self.clock:.1f} s", flush=True)
-                self.compiling = False
-            self.clock, self.first_step = now, self.step
-        self.show_progress()
-        finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
-        if finished or (every and self.step // every > before // every):
-            self.log(self.step, self.evaluate())
-        every = self.args.checkpoint_every
-        self.fresh_start = bool(every) and self.step // every > before // every
-        if self.fresh_start or finished or stop:
+    def end_iteration(self, metrics, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+        args, now, before = self.args, time.perf_counter(), self.logged
+        self.step, self.iteration = self.envs.steps, self.iteration + 1
+        self.pending.append(metrics)
+        left = max(0, args.total_timesteps - self.step)
+        if left and not self.signal and self.step < before + log_interval:
+            return
+        tags = dict.fromkeys(tag for metrics in self.pending for tag in metrics)
+        means = [torch.stack([x[tag] for x in self.pending if tag in x]).mean() for tag in tags]
+        means = dict(zip(tags, torch.stack(means).tolist() if means else [], strict=True))
+        for tag, value in means.items():
+            if not math.isfinite(value):
+                fail(f"{tag} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
+        for step, episodic_return, length in self.envs.ended:
+            self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        speed = (self.step - self.first_step) / (now - self.clock)
+        self.log(self.step, means | {"charts/learning_rate": learning_rate, "charts/SPS": speed})
+        self.envs.ended, self.pending, self.logged = [], [], self.step
+        if 10 * self.step // args.total_timesteps > 10 * before // args.total_timesteps:
+            done = min(1, self.step / args.total_timesteps)
+            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {left / speed:,.0f} s left"
+            say(f"{line}  return {self.metrics.get('charts/episodic_return', math.nan):.1f}")
+        if left and args.eval_every and self.step // args.eval_every > before // args.eval_every:
+            self.evaluate()
+        if args.checkpoint_every and self.step // args.checkpoint_every > before // args.checkpoint_every:
             self.save()
-        if stop:
-            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to continue", 128 + stop)
-        self.clock += time.perf_counter() - now  # nor do evaluations and checkpoints
+            self.envs.reset(args.seed, 0, self.iteration)
+        self.clock += time.perf_counter() - now  # what is no training does not count
 
-    def show_progress(self) -> None:
-        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
-        done = min(1.0, self.step / self.args.total_timesteps)
-        terminal = sys.stdout.isatty()
-        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
-        if now >= self.shown + pause or done == 1:
-            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
-            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
-            line += f"  return {self.last_return:.1f}"
-            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
+    def evaluate(self):
+        """Logs the mean return and length of greedy episodes, in an environment of their own."""
+        if not self.args.eval_episodes or self.signal:
+            return
+        with ExitStack() as stack:
+            envs = Envs(stack, self.args, 1)
+            envs.reset(self.args.seed, 1)
+            act = self.parts["agent"].in_numpy()
+            while len(envs.ended) < self.args.eval_episodes and envs.episodes[0][1] < LONGEST:
+                envs.step(act(envs.obs, 0))
+                if self.signal:
+                    return
+        if envs.episodes[0][1] == LONGEST:
+            say(f"evaluation cut after {LONGEST:,} steps of one episode: see --max-episode-steps")
+            envs.ended.append((0, *envs.episodes[0][:2]))
+        _, value, length = np.mean(envs.ended, 0).tolist()
+        self.log(self.step, {"eval/episodic_return": value, "eval/episodic_length": length})
+        say(f"evaluated return {value:.1f} over {len(envs.ended)} episodes")
 
-    def evaluate(self) -> dict[str, float]:
-        """The greedy policy's return and length."""
-        if not self.args.eval_episodes:
-            return {}
-        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
-
-    def finish(self) -> dict[str, float]:
-        """Prints how good the policy has become; returns the last value of each metric."""
-        self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
-        if self.args.eval_episodes:
-            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
-            line = f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes"
-            if threshold is not None:
-                line += f", {'solved' if value >= threshold else 'not solved'} (needs {threshold:g})"
-            print(line)
-        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+    def finish(self):
+        """Saves, evaluates, and returns the last value of each metric."""
+        self.save()
+        self.evaluate()
+        if self.signal:
+            again = f"--run-dir {shlex.quote(str(self.dir))} --resume"
+            fail(f"stopped at step {self.step:,}; add {again} to continue", 128 + self.signal)
+        say(f"tensorboard --logdir {shlex.quote(self.args.run_dir or 'runs')}")
         return self.metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # Greek letters, where the terminal has none
     train(tyro.cli(Args, description=__doc__))
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.8.1",
+#   "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0"]
+# ///

@@ -1,89 +1,60 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0",
-#   "gymnasium[classic-control,mujoco]==1.4.0",
-#   "mujoco==3.8.1",
-#   "numpy==2.4.6",
-#   "tyro==1.0.17",
-#   "tensorboard==2.21.0",
-# ]
-# ///
-"""Natural policy gradient: steps that are measured by the change of the policy, whatever its parameters mean.
+r"""Natural policy gradient: steps measured by the change of the policy, not by the change of its parameters.
 
-Kakade 2001, "A Natural Policy Gradient" (section 2); advantages from Schulman et al. 2016, "High-Dimensional Continuous
-Control Using Generalized Advantage Estimation" (GAE); conjugate gradient and step size as in Schulman et al. 2015,
-"Trust Region Policy Optimization" (TRPO), appendix C.
+Kakade 2001, "A Natural Policy Gradient", section 2.
+Conjugate gradient and step size: Schulman et al. 2015, "Trust Region Policy Optimization" (TRPO), appendix C.
+GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation".
 
     for each iteration:
         1. anneal the step sizes
         2. run the policy π_old for T steps in each of N environments
-        3. scale the rewards by the running deviation of the discounted return
-        4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l};  G_t = A_t + V(s_t)
-        5. L = mean ρ A + ent_coef H, ρ = π(a|s) / π_old(a|s);  θ ← θ + α F⁻¹g, where g is ∇L at π_old, that is
-           mean ∇log π(a|s) A + ent_coef ∇H, and F = E[∇ log π ∇ log πᵀ], which is also the Hessian of KL(π_old‖π);
-           conjugate gradient solves F x = g with products F v alone; α (step_rule) is
-             kl     √(2ε / gᵀF⁻¹g), ε = max_kl: a step costs ε, as far as KL ≈ ½ dθᵀF dθ holds
-             fixed  step_size, the paper's α: where the gradient is small, so is the change
-        6. fit the critic: critic_epochs passes of minibatches, each an Adam step on mean (V − G)²
-        7. update the observation statistics, then log, evaluate and save
+        3. divide the rewards by the running deviation of the discounted return
+        4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  G_t = A_t + V(s_t)
+        5. θ ← θ + α F⁻¹g with g = mean ∇log π(a|s) A + ent_coef ∇H and F = E[∇log π ∇log πᵀ];  --step-rule
+             kl     α = √(2ε / gᵀF⁻¹g), ε = max_kl: the step costs ε to second order
+             fixed  α = step_size, the paper's: where the gradient is small, so is the step
+        6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
+        7. update the observation statistics, log, evaluate, save
 
-The plain gradient is the steepest direction if a change dθ costs |dθ|². Here it costs dθᵀF dθ, twice the KL to second
-order: whatever parameters describe the old policy, the new one is the same to first order, up to damping and to what
-conjugate gradient leaves.
+The plain gradient is steepest if a step dθ costs |dθ|². Here it costs KL(π_old‖π) ≈ ½ dθᵀF dθ, so the new
+policy does not depend on how the old one is parametrised. F is the Hessian of that KL: F v takes two
+derivatives, no matrix; conjugate gradient solves F x = g with such products. If g is 0, a curvature is not
+positive or the step is not finite, θ stays as it is, and losses/accepted_fraction is 0.
+The slides err: they print √(2ε / gᵀF g) without the inverse, two of them drop the ½, and they write
+KL(π‖π_old), which has the same Hessian at π_old but other values.
 
-Where the lecture's slides differ: the step size is √(2ε / gᵀF⁻¹g), they print F for F⁻¹; the KL is ½ dθᵀF dθ to second
-order, two of them lack the ½; and it is KL(π_old‖π), which has the Hessian of their KL(π‖π_old), but not its values.
+Beyond the paper: a discount instead of the average reward; damping is added to F; √ε falls linearly to 0, as
+no batch tells noise from a gradient; advantages are normalised, observations and rewards can be; Adam fits
+the critic, after the policy's step: a critic that has seen the rewards makes advantages too small.
 
-If g is 0, a curvature is not positive or the step is not finite, there is no step, and accepted_fraction is 0 in the
-log. There losses/kl is the closed form after the step, policy_loss and entropy are those after it, and improvement is
-the growth of L, which may be negative: nothing checks it; charts/learning_rate is the α that was taken. A loss or a KL
-that is not finite ends the run.
-
-What departs from the sources, and why: returns are discounted, not averages, but step t of an episode does not count
-γ^t times (reinforce.py tells why); damping (0.001 in Kakade's section 5) is added to F, which is nearly singular, but
-not to the xᵀF x of α: to second order a step costs ε with any damping. (A policy that is nearly deterministic has F ≈ 0
-and a step too long for the second order: losses/kl shows it, and trpo.py checks it.) A batch cannot tell that its
-gradient is mere noise, so steps that cost ε would never come to rest: √ε falls linearly to 0. Adam fits the critic,
-where GAE bounds its step; as there, the advantages come from the critic before the fit: one that has seen the rewards
-gives advantages that are too small. Advantages are normalised; the rule kl ignores their scale if ent_coef is 0.
-Observations and rewards can be scaled by running statistics (new ones do not move the policy: update_obs_norm); a time
-limit bootstraps with V of the true successor; all episodes restart after a checkpoint, so that a resumed run is exact.
-
-The flags --compile and --max-grad-norm concern the fit of the critic alone.
-
-Compare with actor_critic.py, which puts g through Adam in the place of F⁻¹, and trpo.py, which checks this step.
+Compare with a2c.py, which takes a plain gradient step, and trpo.py, which checks this step and shortens it.
 
     python npg.py
-    python npg.py --step-rule fixed
-    python npg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
-        --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards
-    python npg.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9
+    python npg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
+        --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards
 """
 
 import math
 import os
-import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple, NoReturn
-from zipfile import BadZipFile, ZipFile
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, pad
+from torch.nn.functional import mse_loss
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -91,228 +62,95 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     """Flags of the command line; the defaults solve CartPole-v1."""
 
-    # Experiment
-    env_id: str = "CartPole-v1"  # Gymnasium environment with Box or Discrete observations and actions
-    seed: int = 1  # of everything random: networks, actions, environments
-    total_timesteps: int = 100_000  # environment steps over all environments, rounded up to a whole iteration
-    num_envs: int = 8  # environments that are stepped together, N
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
-    compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
-    run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
+    env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first
+    seed: int = 1  # of everything random
+    total_timesteps: int = 100_000  # environment steps, over all environments
+    num_envs: int = 8  # environments, N
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
+    num_threads: int = 1  # of PyTorch on the CPU
+    run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
-    checkpoint_every: int = 100_000  # environment steps between checkpoints, after which all episodes restart; 0: off
-    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: at the end alone
-    eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
+    checkpoint_every: int = 100_000  # environment steps; episodes restart after a checkpoint; 0: off
+    eval_every: int = 0  # environment steps; 0: at the end alone
+    eval_episodes: int = 20  # of the greedy policy; 0: no evaluation
+    max_episode_steps: int = 0  # time limit; 0: the environment's own
 
-    # Algorithm
-    num_steps: int = 64  # steps of each environment in a rollout, T
-    step_rule: Literal["kl", "fixed"] = "kl"  # α of the policy's step: such that it costs max_kl, or step_size
+    num_steps: int = 64  # steps of each environment in a batch, T
+    step_rule: Literal["kl", "fixed"] = "kl"  # α of the policy's step: it costs max_kl, or is step_size
     max_kl: float = 0.02  # ε: what a step of the policy may cost, in mean KL(π_old‖π)
     step_size: float = 0.1  # α of --step-rule fixed
     cg_iterations: int = 10  # steps of the conjugate gradient, each with one Fisher-vector product
     damping: float = 0.1  # added to the diagonal of F
-    anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
+    gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 10  # passes over each batch in the regression of V
-    num_minibatches: int = 4  # minibatches in a pass; must divide num_steps x num_envs
+    num_minibatches: int = 4  # in such a pass; must divide num_steps x num_envs
     ent_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
-    normalize_advantages: bool = True  # shift and scale the advantages of each update to mean 0 and deviation 1
-    normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
-    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
-    hidden_size: int = 64  # width of the two hidden layers of each network
-    log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
+    normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch
+    normalize_obs: bool = False  # by the running mean and deviation
+    normalize_rewards: bool = False  # by the running deviation of the discounted return
+    hidden_size: int = 64  # width of the two hidden layers
+    log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
 
     def __post_init__(self) -> None:
-        check_flags(self)
-        if self.batch_size % self.num_minibatches:
-            raise ValueError(f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.batch_size}")
-
-    @property
-    def batch_size(self) -> int:
-        """Transitions in one rollout, B = T N."""
-        return self.num_steps * self.num_envs
-
-
-def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
-    """A plain list of environments; observations come out flat (Box reshaped, Discrete one-hot)."""
-    try:
-        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    if not isinstance(obs_space, spaces.Box | spaces.Discrete):
-        fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
-    is_box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-    if not is_box and not isinstance(action_space, spaces.Discrete):
-        fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
-    flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
-    return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
-
-
-def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
-    """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
-    layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
-    for layer, layer_gain in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-
-
-class CategoricalActor(nn.Module):
-    """Softmax policy over discrete actions: π(a|s) = exp z_a(s) / Σ_b exp z_b(s)."""
-
-    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
-        super().__init__()
-        self.num_actions = num_actions
-        self.net = mlp(obs_dim, hidden_size, num_actions, 0.01)
-
-    def noise(self, *shape: int) -> Tensor:
-        """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
-        return -torch.empty(*shape, self.num_actions).exponential_().log()
-
-    @staticmethod
-    def choose(logits: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """Actions (B,) from logits (B, A); noise 0 gives the most likely ones."""
-        return (logits + noise).argmax(-1)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy −Σ_a π(a|s) log π(a|s), of the shape of `actions`."""
-        logprobs = self.net(obs).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-class GaussianActor(nn.Module):
-    """Gaussian policy over continuous actions: π(·|s) = N(μ(s), diag σ²), where log σ is a parameter."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
-        super().__init__()
-        self.net = mlp(obs_dim, hidden_size, action_dim, 0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
-
-    def noise(self, *shape: int) -> Tensor:
-        """σ ε with ε ~ N(0, 1), (*shape, action_dim): μ + noise is a draw from π."""
-        return torch.randn(*shape, len(self.log_std)) * self.log_std.detach().exp().cpu()
-
-    @staticmethod
-    def choose(mean: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """Actions (B, action_dim) from means (B, action_dim); noise 0 gives the most likely ones."""
-        return mean + noise
-
-    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) = −½ Σ_d z_d² − Σ_d log(σ_d √(2π)) with z = (a − μ) / σ, and the entropy Σ_d log(σ_d √(2πe))."""
-        z = (actions - self.net(obs)) / self.log_std.exp()
-        log_normalizer = self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std)
-        logprobs = -0.5 * z.square().sum(-1) - log_normalizer
-        return logprobs, (log_normalizer + 0.5 * len(self.log_std)).expand_as(logprobs)
-
-
-class Critic(nn.Module):
-    """State value V(s): (..., obs_dim) to (...)."""
-
-    def __init__(self, obs_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.net = mlp(obs_dim, hidden_size, 1, 1.0)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.net(obs).squeeze(-1)
-
-
-class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far; before any of them, x."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("shift", torch.zeros(shape))
-        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))  # inf is no good number
-
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
-        x = x.to(self.mean.dtype).reshape(-1, *self.mean.shape)
-        var, mean = torch.var_mean(x, 0, correction=0)
-        self.count.add_(len(x))
-        weight, delta = len(x) / self.count, mean - self.mean
-        self.var.lerp_(var + (1 - weight) * delta**2, weight)
-        self.mean.lerp_(mean, weight)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
-        self.shift.copy_(-self.mean * self.scale)
-        self.limit.fill_(10.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale).clamp(-self.limit, self.limit)
+        check_ranges(self)
+        if self.num_steps * self.num_envs % self.num_minibatches:
+            raise ValueError("--num-minibatches must divide num_steps x num_envs")
 
 
 class Agent(nn.Module):
-    """The policy, the critic, and the statistics that normalise what both of them see."""
+    """Policy π(a|s) and state value V(s) of raw observations; two networks that share no parameter."""
 
-    settled_after = 100_000  # observations
-
-    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
+    def __init__(self, envs, args: Args) -> None:
         super().__init__()
-        obs_dim, space = env.observation_space.shape[0], env.action_space
-        self.obs_norm = RunningNorm(obs_dim)
-        if isinstance(space, spaces.Discrete):
-            self.actor = CategoricalActor(obs_dim, int(space.n), hidden_size)
-        else:
-            self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
-        self.critic = Critic(obs_dim, hidden_size)
+        self.discrete = envs.discrete
+        self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
+        self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
+        log_std = torch.full((envs.action_dim,), args.log_std_init)
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
-    def update_obs_norm(self, obs: Tensor) -> None:
-        """Adds raw observations (..., obs_dim) to the statistics; once these are settled, no network's output changes.
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s): (..., obs_dim) to (...)."""
+        return self.critic(self.obs_norm(obs)).squeeze(-1)
 
-        The first layers make up for it: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as the last one does
-        in Pop-Art (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no clipping
-        nor bound on the KL would know. Inputs beyond the clip of ±10 aside, and the slope where a deviation grows more
-        than tenfold at once, as that of an input at rest does. At first outputs do change: kept from the first batch
-        on, they made two trials on Hopper-v5 (trpo.py, a2c.py) end lower.
+    def distribution(self, obs: Tensor) -> tuple[Tensor, ...]:
+        """What π(·|s) is made of: (log π(a|s) of all a,), or the mean μ(s), and log σ, the same for all s."""
+        output = self.actor(self.obs_norm(obs))
+        return (output.log_softmax(-1),) if self.discrete else (output, self.log_std.clone())
+
+    def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
+            (log_pi,) = self.distribution(obs)
+            return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+        # N(μ, diag σ²):  log π = −½ Σ_d ((a_d − μ_d)/σ_d)² − Σ_d log(σ_d √(2π)),  H = Σ_d log(σ_d √(2πe))
+        mean, log_std = self.distribution(obs)
+        log_normalizer = log_std.sum() + 0.5 * math.log(2 * math.pi) * len(log_std)
+        logprobs = -0.5 * ((actions - mean) / log_std.exp()).square().sum(-1) - log_normalizer
+        return logprobs, (log_normalizer + 0.5 * len(log_std)).expand_as(logprobs)
+
+    def noise(self, *shape: int) -> np.ndarray:
+        """Gumbel noise n = −log E, E ~ Exp(1): argmax_a (z_a + n_a) samples π; or n ~ N(0, 1) for μ + σ n."""
+        noise = torch.empty(*shape, len(self.log_std))  # drawn on the CPU, whatever the device
+        return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
+
+    def in_numpy(self):
+        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+
+        For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
-        norm = self.obs_norm
-        settled, mean, scale = norm.count >= self.settled_after, norm.mean.clone(), norm.scale.clone()
-        norm.update(obs)
-        ratio = torch.where(settled, scale / norm.scale, 1.0).clamp(max=10.0)
-        moved = (settled * (norm.mean - mean) * norm.scale).to(scale.dtype)
-        with torch.no_grad():
-            for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
-                layer.weight.mul_(ratio)
-                layer.bias.add_(layer.weight @ moved)
+        tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
-    def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
-
-        For the few rows of an environment step this is several times faster than PyTorch, and nothing has to go to a
-        GPU and back. Actions are in the policy's units; `action_map` turns them into the environment's.
-        """
-        norm, net = self.obs_norm, self.actor.net
-        tensors = (norm.scale, norm.shift, -norm.limit, norm.limit, *net.parameters())
-        scale, shift, low, high, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().T.copy() for x in tensors)
-
-        def act(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-            x = np.minimum(np.maximum(obs * scale + shift, low), high)
-            return self.actor.choose(np.tanh(np.tanh(x @ w1 + b1) @ w2 + b2) @ w3 + b3, noise)
+        def act(obs, noise):
+            x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
+            output = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+            return (output + noise).argmax(-1) if self.discrete else output + sigma * noise
 
         return act
-
-
-def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
-    """y_t = x_t + c_t y_{t+1} with y_T = 0, along the first axis, for x and discounts c of one shape (T, ...).
-
-    Takes log2 T passes in place of T steps: after pass k, y_t holds its first 2^k terms and c_t the product of as many
-    discounts (Hillis and Steele 1986).
-    """
-    assert x.shape == discounts.shape
-    y, c, reach = x, discounts, 1
-    while reach < len(x):
-        later_y, later_c = (pad(z[reach:], (0, 0) * (x.dim() - 1) + (0, reach)) for z in (y, c))
-        y, c, reach = y + c * later_y, c * later_c, 2 * reach
-    return y
 
 
 def gae(
@@ -321,53 +159,42 @@ def gae(
 ) -> Tensor:  # fmt: skip
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
-    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t);  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
-    A time limit cuts the sum, but its last δ bootstraps: only termination makes the future worth nothing.
+    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
+    A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
     td_errors = rewards + gamma * next_values * ~terminated - values
-    return discounted_sum(td_errors, gamma * gae_lambda * (~dones).to(td_errors.dtype))
-
-
-def normalize(x: Tensor) -> Tensor:
-    """(x − mean) / (deviation + 1e-8) over all entries; zeros where all are equal."""
-    std, mean = torch.std_mean(x, correction=0)
-    return (x - mean) / (std + 1e-8)
-
-
-def distribution(actor: nn.Module, obs: Tensor) -> tuple[Tensor, ...]:
-    """What π(·|s) is made of: (log π(a|s) of all a,), or mean μ(s) and log σ, the latter (action_dim,) for all s."""
-    out = actor.net(obs)
-    return (out, actor.log_std.clone()) if isinstance(actor, GaussianActor) else (out.log_softmax(-1),)
-
-
-def categorical_kl(old_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-    """KL(π_old‖π) = Σ_a π_old(a|s) (log π_old(a|s) − log π(a|s)), (B,) of two (B, A)."""
-    return (old_logprobs.exp() * (old_logprobs - logprobs)).sum(-1)
-
-
-def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(π_old‖π) = ½ Σ_d (v_d − 1 − log v_d + (μ_old − μ)_d² / σ_d²) with v = σ_old² / σ², (B,) of means (B, D)."""
-    log_v = 2 * (old_log_std - log_std)
-    return 0.5 * (log_v.expm1() - log_v + ((old_mean - mean) / log_std.exp()).square()).sum(-1)
+    columns = td_errors.T.tolist()  # plain floats: faster than small tensors
+    for column, ends in zip(columns, dones.T.tolist(), strict=True):
+        for t in reversed(range(len(column) - 1)):
+            column[t] += gamma * gae_lambda * (not ends[t]) * column[t + 1]
+    return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
 def kl_divergence(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
-    """Mean KL(π_old(·|s)‖π(·|s)) over the states of a batch (TRPO eq. 12), of two results of `distribution`."""
-    return (gaussian_kl if len(new) == 2 else categorical_kl)(*old, *new).mean()
+    """Mean KL(π_old(·|s)‖π(·|s)) over the states of a batch (TRPO eq. 12), of two `Agent.distribution`s.
+
+    Σ_a π_old(a|s) (log π_old(a|s) − log π(a|s)), or, with v = σ_old² / σ²,
+    ½ Σ_d (v_d − 1 − log v_d + (μ_old − μ)_d² / σ_d²).
+    """
+    if len(new) == 1:
+        return (old[0].exp() * (old[0] - new[0])).sum(-1).mean()
+    (old_mean, old_log_std), (mean, log_std) = old, new
+    log_v = 2 * (old_log_std - log_std)
+    return 0.5 * (log_v.expm1() - log_v + ((old_mean - mean) / log_std.exp()).square()).sum(-1).mean()
 
 
-def flat_grad(output: Tensor, params: Sequence[Tensor], **kwargs: bool) -> Tensor:
-    """The gradient by all params, in one row."""
+def flat_grad(output: Tensor, params: list[Tensor], **kwargs: bool) -> Tensor:
+    """The gradient by all params as one vector."""
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **kwargs)])
 
 
-def fisher_vector_product(actor: nn.Module, obs: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """v ↦ F v with F = mean over s of E_a[∇ log π(a|s) ∇ log π(a|s)ᵀ], which is never written down (TRPO appendix C.1).
+def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """v ↦ F v with F = mean over s of E_a[∇ log π(a|s) ∇ log π(a|s)ᵀ], never written down (TRPO app. C.1).
 
-    F is the Hessian of KL(π_old‖π) at π = π_old, and ∇ (∇KL · v) = F v. π_old is a constant: KL(π‖π) is 0 everywhere.
+    F is the Hessian of KL(π_old‖π) at π = π_old, and ∇ (∇KL · v) = F v; π_old is constant, KL(π‖π) is 0.
     """
-    new = distribution(actor, obs)
+    new = agent.distribution(obs)
     kl_grad = flat_grad(kl_divergence(tuple(x.detach() for x in new), new), params, create_graph=True)
     return lambda v: flat_grad(kl_grad @ v, params, retain_graph=True)
 
@@ -375,10 +202,10 @@ def fisher_vector_product(actor: nn.Module, obs: Tensor, params: Sequence[Tensor
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-6
 ) -> Tensor:
-    """x with A x = b for a positive definite A that is known from product(v) = A v (Hestenes and Stiefel 1952).
+    """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952).
 
-    Begins with x = 0. When the residual is down to tolerance |b|, x stays what it is: that takes a few idle products,
-    but the host need not wait for a number. Where a curvature is not positive, x becomes NaN.
+    Begins with x = 0. When the residual is down to tolerance |b|, x stays what it is: idle products, but the
+    host need not wait for a number. Where a curvature is not positive, x becomes NaN.
     """
     x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
     enough = tolerance**2 * square
@@ -396,499 +223,443 @@ def conjugate_gradient(
 def natural_gradient(
     product: Callable[[Tensor], Tensor], policy_grad: Tensor, cg_iterations: int, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, with damping 0), and its curvature xᵀF x.
+    """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x.
 
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx after any number of iterations,
-    up to rounding.
+    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx at any iteration.
     """
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
     return x, policy_grad @ x - damping * x @ x
 
 
 def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
-    """α = √(2ε / xᵀF x), the β of TRPO appendix C: α x costs ε to second order; if x = F⁻¹g, it is √(2ε / gᵀF⁻¹g)."""
+    """α = √(2ε / xᵀF x), TRPO's β: α x costs ε to second order; for x = F⁻¹g it is √(2ε / gᵀF⁻¹g)."""
     return (2 * max_kl / curvature).sqrt()
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − G)² over (B,); G is a constant."""
-    assert values.shape == returns.shape
-    return mse_loss(values, returns.detach())
-
-
-def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The value loss, and what to log of it."""
-    loss = value_loss(agent.critic(obs), returns)
-    return loss, {"value_loss": loss}
-
-
 def surrogate_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, *old: Tensor, ent_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and what to log of it.
+    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    old: tuple[Tensor, ...], ent_coef: float,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS.
 
-    `old` is the `distribution` of π_old. At π = π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
+    `old` is the distribution of π_old. At π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
     """
-    new_logprobs, entropy = agent.actor(obs, actions)
-    assert new_logprobs.shape == old_logprobs.shape == advantages.shape
-    logratio, entropy = new_logprobs - old_logprobs, entropy.mean()
+    logprobs, entropy = agent.policy(obs, actions)
+    assert logprobs.shape == old_logprobs.shape == advantages.shape
+    logratio, entropy = logprobs - old_logprobs, entropy.mean()
     policy_loss, approx_kl = -(logratio.exp() * advantages).mean(), (logratio.exp() - 1 - logratio).mean()
-    metrics = {"policy_loss": policy_loss, "entropy": entropy, "approx_kl": approx_kl}
-    return policy_loss - ent_coef * entropy, metrics | {"kl": kl_divergence(old, distribution(agent.actor, obs))}
+    kl = kl_divergence(old, agent.distribution(obs))
+    return policy_loss - ent_coef * entropy, [policy_loss, entropy, approx_kl, kl]
 
 
-def state_values(critic: nn.Module, obs: Tensor, last_obs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """V(s_t) and V(s'_t), (T, N), as constants; s'_t is s_{t+1}, except where `ends`: there it is in `last_obs`."""
-    with torch.no_grad():
-        values = critic(obs)
-        return values, values.roll(-1, 0).masked_scatter(ends, critic(last_obs))
+def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
+    """mean (V(s) − G)² over rows (B,)."""
+    values = agent.value(obs)
+    assert values.shape == returns.shape
+    return mse_loss(values, returns)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-
-
-class Rollout(NamedTuple):
-    """T steps of N environments."""
-
-    obs: Tensor  # s_t (T, N, obs_dim), raw
-    next_obs: Tensor  # s'_t (T, N, obs_dim), the true successor, also where an episode ended
-    actions: Tensor  # a_t (T, N) or (T, N, action_dim), in the policy's units, not clipped
-    rewards: Tensor  # r_t (T, N), received for a_t
-    terminated: Tensor  # (T, N), s'_t ends the task: its value is 0
-    dones: Tensor  # (T, N), terminated or truncated: the next row starts a new episode
-    discounted_returns: Tensor  # r_t + γ r_{t-1} + γ² r_{t-2} + ... back to the start of the episode (T, N)
-
-
-class Collector:
-    """Steps N environments, and carries the unfinished episodes from one rollout to the next.
-
-    These can be a part of all `num_envs`, from index `first` on: the others belong to other processes.
-    """
-
-    def __init__(self, envs: list[gym.Env], gamma: float, first: int = 0, num_envs: int = 0) -> None:
-        self.envs, self.gamma, self.first, self.num_envs = envs, gamma, first, num_envs or len(envs)
-        self.to_env = action_map(envs[0].action_space)
-
-    def reset(self, seed: int, iteration: int) -> None:
-        """Drops the unfinished episodes and starts all environments from seeds made of (seed, iteration, index)."""
-        seeds = [env_seed(seed, 0, iteration, self.first + i) for i in range(len(self.envs))]
-        resets = [env.reset(seed=seed) for env, seed in zip(self.envs, seeds, strict=True)]
-        self.obs = np.array([obs for obs, _ in resets], np.float32)
-        self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
-
-    def collect(self, agent: Agent, num_steps: int, step: int = 0) -> tuple[Rollout, list[tuple[int, float, int]]]:
-        """Runs the policy for T steps, after `step` others; adds (steps, return, length) of each episode that ended."""
-        act, shape, actions, ended = agent.policy(), (num_steps, len(self.envs)), [], []
-        obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
-        rewards, discounted_returns = np.empty((2, *shape), np.float32)
-        terminated, dones = np.empty((2, *shape), bool)
-        noises = agent.actor.noise(num_steps, self.num_envs)[:, self.first : self.first + len(self.envs)].numpy()
-        for t, noise in enumerate(noises):
-            obs[t] = self.obs
-            actions.append(act(self.obs, noise))
-            if not math.isfinite(actions[t].sum()):  # MuJoCo would not survive it
-                check_finite(step + t * self.num_envs, {"obs": self.obs, "actions": actions[t]})
-            env_actions = self.to_env(actions[t])
-            for i, env in enumerate(self.envs):
-                next_obs[t, i], reward, terminated[t, i], truncated, _ = env.step(env_actions[i])
-                episodic_return, length, discounted = self.episodes[i]
-                self.episodes[i] = (episodic_return + reward, length + 1, reward + self.gamma * discounted)
-                rewards[t, i], discounted_returns[t, i] = reward, self.episodes[i][2]
-                dones[t, i] = terminated[t, i] or truncated
-            self.obs = next_obs[t].copy()
-            for i in np.flatnonzero(dones[t]):
-                ended.append((t * self.num_envs + self.first + int(i) + 1, *self.episodes[i][:2]))
-                self.obs[i], _ = self.envs[i].reset()
-                self.episodes[i] = (0.0, 0, 0.0)
-        if not math.isfinite(sum(np.vdot(x, x) for x in (obs, next_obs, rewards))):  # quick: nan and inf outlive a sum
-            check_finite(step, {"obs": obs, "next_obs": next_obs, "rewards": rewards})
-        arrays = (obs, next_obs, np.array(actions), rewards, terminated, dones, discounted_returns)
-        return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
+METRICS = (
+    "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/kl", "losses/grad_norm",
+    "losses/improvement", "losses/accepted_fraction", "losses/step_size", "losses/value_loss",
+    "losses/explained_variance",
+)  # fmt: skip
 
 
 def train(args: Args) -> dict[str, float]:
-    """Runs the natural policy gradient; gives the last value of each metric, the final evaluation among them."""
-    device = set_up(args.device, args.num_threads, args.seed)
-    envs = make_envs(args.env_id, args.num_envs)
-    agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    return_norm = RunningNorm(1).to(device)
-    params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
-    theta = flatten(params)
-    critic_optimizer = torch.optim.Adam([flatten(critic_params)], lr=args.critic_learning_rate, eps=1e-5, fused=True)
-    fit = make_update(partial(critic_loss, agent), critic_params, critic_optimizer, args.max_grad_norm, args.compile)
-    collector = Collector(envs, args.gamma)
-    parts = {"agent": agent, "critic_optimizer": critic_optimizer}
-    with Run(args, **parts, return_norm=return_norm) as run:
-        while run.step < args.total_timesteps:
+    """Runs the natural policy gradient; returns the last value of each metric, the evaluation among them."""
+    device = set_up(args)
+    with Run() as run:
+        envs = Envs(run, args, args.num_envs)
+        agent = Agent(envs, args).to(device)
+        return_norm = RunningNorm().to(device)
+        params = [x for name, x in agent.named_parameters() if not name.startswith("critic")]
+        critic_params = list(agent.critic.parameters())
+        theta, critic_flat = flatten(params), flatten(critic_params)
+        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.critic_learning_rate, eps=1e-5, fused=True)
+        run.start(args, envs, agent=agent, return_norm=return_norm, critic_optimizer=critic_optimizer)
+
+        while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the step sizes
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
-            critic_optimizer.param_groups[0]["lr"] = left * args.critic_learning_rate
+            learning_rate = left * args.critic_learning_rate
+            critic_optimizer.param_groups[0]["lr"] = learning_rate
             max_kl = left**2 * args.max_kl  # with which the step falls linearly
 
             # 2. run the policy
-            if run.fresh_start:
-                collector.reset(args.seed, run.iteration)
-            rollout, ended = collector.collect(agent, args.num_steps, run.step)
-            ends = rollout.dones.clone()  # where V(s'_t) is not V(s_{t+1})
-            ends[-1] = True
-            last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))
-            raw_obs, _, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
-            obs, ends = agent.obs_norm(raw_obs), ends.to(device)
+            act, steps = agent.in_numpy(), []
+            for noise in agent.noise(args.num_steps, args.num_envs):
+                obs = envs.obs
+                actions = act(obs, noise)
+                steps.append((obs, actions, *envs.step(actions)))
+            obs, actions, rewards, next_obs, terminated, dones, discounted_returns = (
+                torch.from_numpy(np.array(x)).to(device) for x in zip(*steps, strict=True)
+            )
 
             # 3. scale the rewards
             if args.normalize_rewards:
                 return_norm.update(discounted_returns)
-            rewards = rewards * return_norm.scale
+                rewards = rewards * return_norm.scale
 
             # 4. advantages and returns
-            values, next_values = state_values(agent.critic, obs, last_obs, ends)
+            with torch.no_grad():
+                values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
-            explained = explained_variance(values, returns)  # by a critic that has not seen this batch
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
-                advantages = normalize(advantages)
+                std, mean = torch.std_mean(advantages, correction=0)
+                advantages = (advantages - mean) / (std + 1e-8)
 
             # 5. the policy's step
             with torch.no_grad():
-                old, (old_logprobs, _) = distribution(agent.actor, obs), agent.actor(obs, actions)
-            batch = (obs, actions, old_logprobs, advantages, *old)
-            surrogate = partial(surrogate_loss, agent, *batch, ent_coef=args.ent_coef)
+                old, (old_logprobs, _) = agent.distribution(obs), agent.policy(obs, actions)
+            batch = obs, actions, old_logprobs, advantages, old
+            surrogate = partial(surrogate_loss, agent, *batch, args.ent_coef)
             old_loss, _ = surrogate()
             policy_grad = -flat_grad(old_loss, params)
-            product = fisher_vector_product(agent.actor, obs, params)
-            step_direction, curvature = natural_gradient(product, policy_grad, args.cg_iterations, args.damping)
+            product = fisher_vector_product(agent, obs, params)
+            solver = args.cg_iterations, args.damping
+            step_direction, curvature = natural_gradient(product, policy_grad, *solver)
             step_size = kl_step_size(curvature, max_kl)
             if args.step_rule == "fixed":
                 step_size = torch.full_like(curvature, left * args.step_size)
             step = step_size * step_direction
             accepted = (curvature > 0) & step.isfinite().all()
             step_size = step_size.where(accepted, 0.0)
-            metrics = {"accepted_fraction": accepted.float()}
             with torch.no_grad():
                 theta.copy_(torch.where(accepted, theta + step, theta))
-                new_loss, after = surrogate()
-            metrics |= after | {"grad_norm": policy_grad.norm(), "improvement": old_loss - new_loss}
+                new_loss, metrics = surrogate()
+            metrics += [policy_grad.norm(), old_loss - new_loss, accepted.float(), step_size]
 
             # 6. fit the critic
-            fits = []
+            losses = []
             for _ in range(args.critic_epochs):
-                shuffle = torch.randperm(args.batch_size).to(device)
-                minibatches = (x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in (obs, returns))
-                fits += [fit(*minibatch) for minibatch in zip(*minibatches, strict=True)]
+                shuffled = torch.randperm(args.num_steps * args.num_envs).to(device)
+                minibatches = (x.flatten(0, 1)[shuffled].chunk(args.num_minibatches) for x in (obs, returns))
+                for minibatch in zip(*minibatches, strict=True):
+                    losses.append(critic_loss(agent, *minibatch))
+                    critic_flat.grad = flat_grad(losses[-1], critic_params)
+                    critic_optimizer.step()
 
             # 7. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.update_obs_norm(raw_obs)
-            more = {"losses/explained_variance": explained, "charts/learning_rate": step_size}
-            more |= {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-            run.end_iteration(args.batch_size, ended, mean_metrics(fits) | mean_metrics([more]))
+                agent.obs_norm.update(obs)
+            metrics += [torch.stack(losses).mean(), explained]
+            metrics = {tag: x.detach() for tag, x in zip(METRICS, metrics, strict=True)}
+            run.end_iteration(metrics, learning_rate)
         return run.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Below: tools, the same text in every script
 SCRIPT = Path(__file__).stem
-FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
+LONGEST = 100_000  # steps of an episode that has to end
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Exits with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
-    raise SystemExit(status)
+def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+    """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
+    sizes = (fan_in, hidden_size), (hidden_size, hidden_size), (hidden_size, fan_out)
+    layers = [nn.Linear(*size) for size in sizes]
+    for layer, layer_gain in zip(layers, (2**0.5, 2**0.5, gain), strict=True):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
-def check_flags(args: Any) -> None:
-    """Raises ValueError, in one sentence, for the first number that is out of its flag's range."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool | str):
-            continue
-        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
-        low = -100 if name == "log_std_init" else 0 if zero else 1
-        high = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if name == "num_threads" else 2**63 - 1
-        if not low <= value <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
+class RunningNorm(nn.Module):
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
 
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
+        self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-def set_up(device: str, num_threads: int, seed: int) -> torch.device:
-    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; returns the device."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|cuda|cuda:(0|[1-9]\d*)", chosen):
-        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
-    if chosen != "cpu" and int(chosen[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    return torch.device(chosen)
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+        x = x.reshape(-1, *self.mean.shape).double()
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count += len(x)
+        weight = len(x) / self.count
+        self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
+        self.mean64.lerp_(mean, weight)
+        self.mean.copy_(self.mean64)
+        self.scale.copy_(torch.where(self.var > 0, (self.var + 1e-8).rsqrt(), 1))
 
-
-def env_seed(seed: int, *stream: int) -> int:
-    """The seed of a stream: (0, iteration, index) for training, (1, episode) for evaluation; 32 well-mixed bits."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
-
-
-def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) such that the environment's action is scale x the policy's + shift.
-
-    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
-    """
-    if isinstance(space, spaces.Discrete):
-        return np.int64(1), space.start
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
-    return (high - low) / 2, (high + low) / 2
-
-
-def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
-    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
-    scale, shift = action_units(space)
-    if isinstance(space, spaces.Discrete):
-        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
-    low, high, shape = space.low, space.high, (-1, *space.shape)
-    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
-
-
-def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
-    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
-
-    The episodes are the same ones at every call. Nothing that training reads is written, and no noise is drawn.
-    """
-    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
-    for episode in range(episodes):
-        (obs, _), done = env.reset(seed=env_seed(seed, 1, episode)), False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-    return total / episodes, length / episodes
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
-    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
-    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-    nn.utils.vector_to_parameters(flat.data, params)
+    """One vector of which the parameters become views: an optimizer's step is then one kernel."""
+    flat = nn.Parameter(parameters_to_vector(params).detach())
+    vector_to_parameters(flat.data, params)
     return flat
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of x over the processes of torchrun; x itself where there is but one."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
+def to_numpy(*tensors: Tensor) -> list[np.ndarray]:
+    """As arrays; from a GPU they come over in one transfer, on the CPU they are views."""
+    if tensors[0].is_cuda:
+        parts = torch.cat([x.detach().ravel() for x in tensors]).cpu().split([x.numel() for x in tensors])
+        tensors = [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    return [x.detach().numpy() for x in tensors]
 
 
-def agree(signum: int, ended: list) -> tuple[int, list]:
-    """A signal that came to any of the processes of torchrun, and the episodes that ended in all of them, in order."""
-    everything = [(signum, ended)]
-    if dist.is_initialized():
-        everything *= dist.get_world_size()
-        dist.all_gather_object(everything, (signum, ended))
-    signums, lists = zip(*everything, strict=True)
-    return max(signums), sorted(episode for each in lists for episode in each)
+def say(line):
+    """Prints; that the reader went away or the disk is full does not end the training."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None
 
 
-def make_update(
-    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
-) -> Callable:
-    """Returns update(*batch): one step of the optimizer, which holds flatten(params), along the clipped gradient.
+def fail(sentence, status=2):
+    """Exits; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {sentence}".splitlines()[0], file=sys.stderr)
+    raise SystemExit(status)
 
-    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+
+def check_ranges(args):
+    """Raises ValueError for the first number that is out of its flag's range."""
+    for name, field in args.__dataclass_fields__.items():
+        value, most = getattr(args, name), 1 if name in ("gamma", "gae_lambda") else 2**31 - 1
+        least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
+        least = -100 if name == "log_std_init" else int(least)
+        if not isinstance(value, str) and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
+
+
+def set_up(args):
+    """Returns the device; sets the threads and the seed of PyTorch, whose CPU generator draws all noise."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    compiled = vars(args).get("compile", False)
+    try:
+        torch.compile(torch.neg, disable=not compiled)(torch.zeros(1, device=device)).item()
+    except Exception as error:
+        fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    return torch.device(device)
+
+
+class Envs:
+    """N copies of an environment, with flat observations, and actions whose bounds are ±1.
+
+    A copy that ended restarts at once: `obs` (N, obs_dim) is what to act on next, `step` returns the true
+    successors. `steps` counts those of all copies; `ended` lists (step, return, length) of episodes.
     """
-    (flat,) = optimizer.param_groups[0]["params"]
 
-    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = loss(*batch)
-        grad = average(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)]))
-        grad_norm = grad.norm()
-        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
-
-    best, graphs = gradient, compile and flat.is_cuda
-    if compile:
-        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient, options={"size_asserts": False, "triton.cudagraphs": graphs})
-
-    def update(*batch: Tensor) -> dict[str, Tensor]:
-        nonlocal best
+    def __init__(self, stack, args, num_envs, first=0):
+        self.name, self.gamma, self.steps, self.ended = args.env_id, args.gamma, 0, []
+        self.first = first  # of these copies among those of several processes
+        options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
-            flat.grad, metrics = best(*batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
-            flat.grad, metrics = (best := gradient)(*batch)
-        optimizer.step()
-        return {name: metric.clone() for name, metric in metrics.items()} if graphs else metrics  # else overwritten
+            self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
+        except (gym.error.Error, ImportError) as error:
+            fail(f"--env-id {self.name}: {error}")
+        self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
+        self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
+        floats = isinstance(self.space, Box) and self.space.dtype.kind == "f"
+        if not (self.one_hot or isinstance(self.obs_space, Box)) or not (self.discrete or floats):
+            known = "Box or Discrete observations, Discrete actions (not in ddpg.py) or a Box of floats"
+            fail(f"{self.name} has observations {self.obs_space}, actions {self.space}; known are {known}")
+        self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
+        if floats:
+            low, high = self.space.low, self.space.high
+            largest = min(float(np.finfo(low.dtype).max), 1e30)  # from there on it means: no bound
+            bounded = np.maximum(-low, high) < largest
+            low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+            self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
-    return update
+    def row(self, obs):
+        """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
+        if np.shape(obs) != self.obs_space.shape:
+            fail(f"{self.name} returned an observation of shape {np.shape(obs)} for {self.obs_space}", 1)
+        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else np.ravel(obs)
+
+    def reset(self, *stream):
+        """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
+        seeds = np.random.SeedSequence(stream).generate_state(self.first + len(self.envs))[self.first :] >> 1
+        obs = [self.row(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds, strict=True)]
+        self.obs = np.array(obs, np.float32)
+        self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
+
+    def step(self, actions, running=None):
+        """Returns rewards, true successors, terminated, dones (terminated or truncated), discounted returns.
+
+        Copies that are not in the mask `running` wait: they stay where they are, for a reward of 0.
+        """
+        if self.discrete:
+            actions = actions + self.space.start
+        else:
+            if not np.isfinite(actions).all():
+                fail(f"an action of the policy is not finite at step {self.steps:,}", 1)
+            actions = actions.reshape(-1, *self.space.shape) * self.scale + self.shift
+            actions = actions.clip(self.space.low, self.space.high)
+        actions, next_obs = actions.astype(self.space.dtype), self.obs.copy()
+        rewards, discounted_returns = np.zeros((2, len(self.envs)), np.float32)
+        terminated, dones = np.zeros((2, len(self.envs)), bool)
+        copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
+        self.steps += len(copies)
+        try:
+            for i in copies:
+                action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+                obs, reward, ended, truncated, _ = self.envs[i].step(action)
+                next_obs[i], reward = self.row(obs), np.asarray(reward).item()
+                total, length, discounted = self.episodes[i]
+                self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
+                rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
+                terminated[i], dones[i] = bool(ended), bool(ended or truncated)
+        except Exception as error:
+            error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
+            raise
+        if not math.isfinite(next_obs.sum() + sum(rewards)):
+            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+            fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
+        self.obs = next_obs.copy()
+        for i in dones.nonzero()[0]:
+            self.ended.append((self.steps, *self.episodes[i][:2]))
+            self.obs[i], self.episodes[i] = self.row(self.envs[i].reset()[0]), (0.0, 0, 0.0)
+        return rewards, next_obs, terminated, dones, discounted_returns
 
 
-def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates (and processes), copied from the device in one go."""
-    means = average(torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]]))
-    return dict(zip(metrics[0], means.tolist(), strict=True))
+class Run(ExitStack):
+    """A run's directory, curves, checkpoint, evaluations and signals; closes what was opened.
 
-
-def check_finite(step: int, values: dict) -> None:
-    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
-        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
-
-
-class Run:
-    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
-
-    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
-    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
-    no environment needs saving, and the two agree bit for bit.
+    All episodes restart after a periodic checkpoint, in the run that goes on as in one that resumes: so no
+    environment has to be saved, and the two agree bit for bit.
     """
 
-    def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts, self.eval_env = args, parts, make_envs(args.env_id, 1)[0]
+    def start(self, args, envs, **parts):
+        """Begins in a new directory, or goes on from a checkpoint, which holds the state of all `parts`."""
+        self.args, self.envs, self.parts, self.metrics, self.pending = args, envs, parts, {}, []
         self.step = self.iteration = self.signal = 0
-        self.fresh_start, self.metrics, self.last_return = True, {}, math.nan
-        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
+        self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
         if args.resume and not args.run_dir:
             fail("--resume needs --run-dir, the run to continue")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            used = any(self.dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
-        if used and not args.resume:
-            fail(f"{self.dir} is not empty: add --resume to continue the run in it, or name another --run-dir")
-        if self.path.exists():
-            self.load()
+            self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+            if any(self.dir.iterdir()) and not args.resume:
+                raise FileExistsError("it is not empty; --resume continues its run")
+            if self.path.exists():
+                self.load()
+            self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+        except Exception as error:
+            fail(f"--run-dir {self.dir} cannot be used: {type(error).__name__} {error}")
+        self.writer.add_text("flags", "\n".join(f"    {flag} {value}" for flag, value in vars(args).items()))
+        with suppress(ValueError):  # only the main thread can set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, signum, signal.signal(signum, self.on_signal))
+        envs.steps = self.first_step = self.logged = self.step
+        envs.reset(args.seed, 0, self.iteration)
+        self.clock = time.perf_counter()
+        say(f"{SCRIPT} on {args.env_id}, from step {self.step:,}, in {self.dir}")
 
-    def load(self) -> None:
-        """Takes everything from the checkpoint, or refuses it."""
-        try:
-            with ZipFile(self.path) as file:
-                if file.testzip():
-                    raise BadZipFile  # PyTorch does not look at the checksums
-            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
-            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            names = [name for name in now | then if name not in FREE_FLAGS]  # one that only one of them has differs
-            changed = [name for name in names if now.get(name) != then.get(name)]
-            if changed:
-                differences = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
-                fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.iteration = saved["step"], saved["iteration"]
-            torch.set_rng_state(saved["rng"])
-        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
-            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+    def on_signal(self, signum, _):
+        """The first signal ends the run after this iteration; a second one kills the process."""
+        self.signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def save(self) -> None:
-        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        check_finite(self.step, state)
-        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
-        self.writer.flush()  # after a resume no event up to this step may be missing
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+    def load(self):
+        """Takes everything from the checkpoint, or raises what is wrong with it."""
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        flags, others = vars(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
+        changed = {flag for flag, _ in flags.items() ^ others.items()}
+        if changed := changed - {"device", "num_threads", "run_dir", "resume"}:  # which do not shape the run
+            raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step, self.iteration = saved["step"], saved["iteration"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self):
+        """A kill at any moment leaves a whole checkpoint: the old one, or this."""
+        self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
+        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        os.replace(file.name, self.path)
 
-    def __enter__(self) -> "Run":
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
-        flags = asdict(self.args).items()
-        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.first_step, self.compiling = time.perf_counter(), self.step, self.args.compile
-        self.shown = -math.inf
-        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.writer.close()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def on_signal(self, signum: int, _: Any) -> None:
-        """Notes the first signal, which is acted on at the end of the iteration; a second one kills the process."""
-        self.signal = signum
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a point to each curve, all in one event; the x axis is the number of environment steps."""
+    def log(self, step, metrics):
+        """Adds a point to each curve; the x axis is the number of environment steps."""
         self.metrics |= metrics
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
-        check_finite(self.step, metrics)
-        stop, ended = agree(self.signal, ended)  # read once: no exit without a checkpoint
-        for offset, episodic_return, length in ended:
-            self.last_return = episodic_return
-            point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
-            self.log(self.step + offset, point)
-        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        now = time.perf_counter()
-        self.speed = (self.step - self.first_step) / (now - self.clock)
-        self.log(self.step, metrics | {"charts/SPS": self.speed})
-        if self.compiling:  # what comes before the second update does not count, unless it is all there is
-            if "losses/grad_norm" in metrics:
-                print(f"the first update compiled: {now - self.clock:.1f} s", flush=True)
-                self.compiling = False
-            self.clock, self.first_step = now, self.step
-        self.show_progress()
-        finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
-        if finished or (every and self.step // every > before // every):
-            self.log(self.step, self.evaluate())
-        every = self.args.checkpoint_every
-        self.fresh_start = bool(every) and self.step // every > before // every
-        if self.fresh_start or finished or stop:
+    def end_iteration(self, metrics, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+        args, now, before = self.args, time.perf_counter(), self.logged
+        self.step, self.iteration = self.envs.steps, self.iteration + 1
+        self.pending.append(metrics)
+        left = max(0, args.total_timesteps - self.step)
+        if left and not self.signal and self.step < before + log_interval:
+            return
+        tags = dict.fromkeys(tag for metrics in self.pending for tag in metrics)
+        means = [torch.stack([x[tag] for x in self.pending if tag in x]).mean() for tag in tags]
+        means = dict(zip(tags, torch.stack(means).tolist() if means else [], strict=True))
+        for tag, value in means.items():
+            if not math.isfinite(value):
+                fail(f"{tag} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
+        for step, episodic_return, length in self.envs.ended:
+            self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        speed = (self.step - self.first_step) / (now - self.clock)
+        self.log(self.step, means | {"charts/learning_rate": learning_rate, "charts/SPS": speed})
+        self.envs.ended, self.pending, self.logged = [], [], self.step
+        if 10 * self.step // args.total_timesteps > 10 * before // args.total_timesteps:
+            done = min(1, self.step / args.total_timesteps)
+            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {left / speed:,.0f} s left"
+            say(f"{line}  return {self.metrics.get('charts/episodic_return', math.nan):.1f}")
+        if left and args.eval_every and self.step // args.eval_every > before // args.eval_every:
+            self.evaluate()
+        if args.checkpoint_every and self.step // args.checkpoint_every > before // args.checkpoint_every:
             self.save()
-        if stop:
-            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to continue", 128 + stop)
-        self.clock += time.perf_counter() - now  # nor do evaluations and checkpoints
+            self.envs.reset(args.seed, 0, self.iteration)
+        self.clock += time.perf_counter() - now  # what is no training does not count
 
-    def show_progress(self) -> None:
-        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
-        done = min(1.0, self.step / self.args.total_timesteps)
-        terminal = sys.stdout.isatty()
-        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
-        if now >= self.shown + pause or done == 1:
-            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
-            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
-            line += f"  return {self.last_return:.1f}"
-            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
+    def evaluate(self):
+        """Logs the mean return and length of greedy episodes, in an environment of their own."""
+        if not self.args.eval_episodes or self.signal:
+            return
+        with ExitStack() as stack:
+            envs = Envs(stack, self.args, 1)
+            envs.reset(self.args.seed, 1)
+            act = self.parts["agent"].in_numpy()
+            while len(envs.ended) < self.args.eval_episodes and envs.episodes[0][1] < LONGEST:
+                envs.step(act(envs.obs, 0))
+                if self.signal:
+                    return
+        if envs.episodes[0][1] == LONGEST:
+            say(f"evaluation cut after {LONGEST:,} steps of one episode: see --max-episode-steps")
+            envs.ended.append((0, *envs.episodes[0][:2]))
+        _, value, length = np.mean(envs.ended, 0).tolist()
+        self.log(self.step, {"eval/episodic_return": value, "eval/episodic_length": length})
+        say(f"evaluated return {value:.1f} over {len(envs.ended)} episodes")
 
-    def evaluate(self) -> dict[str, float]:
-        """The greedy policy's return and length."""
-        if not self.args.eval_episodes:
-            return {}
-        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
-
-    def finish(self) -> dict[str, float]:
-        """Prints how good the policy has become; returns the last value of each metric."""
-        self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
-        if self.args.eval_episodes:
-            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
-            line = f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes"
-            if threshold is not None:
-                line += f", {'solved' if value >= threshold else 'not solved'} (needs {threshold:g})"
-            print(line)
-        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+    def finish(self):
+        """Saves, evaluates, and returns the last value of each metric."""
+        self.save()
+        self.evaluate()
+        if self.signal:
+            again = f"--run-dir {shlex.quote(str(self.dir))} --resume"
+            fail(f"stopped at step {self.step:,}; add {again} to continue", 128 + self.signal)
+        say(f"tensorboard --logdir {shlex.quote(self.args.run_dir or 'runs')}")
         return self.metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # Greek letters, where the terminal has none
     train(tyro.cli(Args, description=__doc__))
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.8.1",
+#   "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0"]
+# ///

@@ -1,68 +1,51 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0",
-#   "gymnasium[classic-control,mujoco]==1.4.0",
-#   "mujoco==3.8.1",
-#   "numpy==2.4.6",
-#   "tyro==1.0.17",
-#   "tensorboard==2.21.0",
-# ]
-# ///
-"""Proximal policy optimization: many small gradient steps on one batch, held near the policy that collected it.
+r"""Proximal policy optimization: many small gradient steps on a batch, held near the policy that took it.
 
-Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), Algorithm 1; advantages from
-Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE).
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), Algorithm 1.
+GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation".
 
     for each iteration:
         1. anneal the learning rate
         2. run the policy π_old for T steps in each of N environments
-        3. scale the rewards by the running deviation of the discounted return
+        3. divide the rewards by the running deviation of the discounted return
         for each epoch:
-            4. δ_t = r_t + γ V(s'_t) − V(s_t);  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11);  G_t = A_t + V(s_t)
-            5. for each minibatch: one Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
+            4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11),  G_t = A_t + V(s_t)
+            5. for each minibatch: an Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
-        6. update the observation statistics, then log, evaluate and save
+        6. update the observation statistics, log, evaluate, save
 
-What departs from the paper, and why: advantages and returns are computed anew every epoch with the newest critic, which
-Andrychowicz et al. 2021 found to help; advantages are normalised per minibatch (once all episodes are perfect they are
-nothing but noise, which this makes large: the entropy bonus then keeps the policy from wandering off); observations and
-rewards can be scaled by running statistics; the gradient's norm is clipped; a time limit bootstraps with V of the true
-successor, since it is not the end of the task; all episodes restart after a checkpoint, so that a resumed run is exact.
-Actor and critic are two networks, so vf_coef only weighs them in the common clipping. V is not clipped.
+s'_t is the true successor of s_t, also at the end of an episode. If it terminates the task, V(s'_t) is 0; a
+time limit does not. The sum in A_t stops where the episode or the batch ends.
 
-Compare with a2c.py: one step on the whole batch, with log π in the place of ρ.
+Beyond the paper: advantages are computed anew in every epoch with the newest critic (the paper: once) and
+normalised in every minibatch; observations and rewards can be normalised; the gradient's norm is clipped.
+
+Compare with a2c.py: one step on the whole batch, with log π A in the place of L_clip.
 
     python ppo.py
-    python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 --num-minibatches 8 \
-        --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 --log-std-init -1 --normalize-obs --normalize-rewards
-    python ppo.py --env-id Pendulum-v1 --num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 \
-        --learning-rate 1e-3 --gamma 0.9 --ent-coef 0
+    python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
+        --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 --log-std-init -1 \
+        --normalize-obs --normalize-rewards
 """
 
 import math
 import os
-import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, NamedTuple, NoReturn
-from zipfile import BadZipFile, ZipFile
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
-from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, pad
+from torch.nn.functional import mse_loss
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -70,226 +53,91 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     """Flags of the command line; the defaults solve CartPole-v1."""
 
-    # Experiment
-    env_id: str = "CartPole-v1"  # Gymnasium environment with Box or Discrete observations and actions
-    seed: int = 1  # of everything random: networks, actions, environments
-    total_timesteps: int = 100_000  # environment steps over all environments, rounded up to a whole iteration
-    num_envs: int = 8  # environments that are stepped together, N
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; one is fastest for small networks
-    compile: bool = False  # compile loss, gradient and clipping into one graph (takes half a minute first)
-    run_dir: str = ""  # where the run is written (default: runs/<env-id>/<script>/seed<seed>__<date-time>)
+    env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first
+    seed: int = 1  # of everything random
+    total_timesteps: int = 100_000  # environment steps, over all environments
+    num_envs: int = 8  # environments, N
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
+    num_threads: int = 1  # of PyTorch on the CPU
+    compile: bool = False  # compile the gradient; takes half a minute
+    run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
-    checkpoint_every: int = 100_000  # environment steps between checkpoints, after which all episodes restart; 0: off
-    eval_every: int = 0  # environment steps between evaluations of the greedy policy; 0: at the end alone
-    eval_episodes: int = 20  # episodes of one evaluation; 0: no evaluation
+    checkpoint_every: int = 100_000  # environment steps; episodes restart after a checkpoint; 0: off
+    eval_every: int = 0  # environment steps; 0: at the end alone
+    eval_episodes: int = 20  # of the greedy policy; 0: no evaluation
+    max_episode_steps: int = 0  # time limit; 0: the environment's own
 
-    # Algorithm
-    num_steps: int = 64  # steps of each environment in a rollout, T
-    learning_rate: float = 2.5e-3  # the optimizer's step size
-    anneal_lr: bool = True  # lower the learning rate linearly: full in the first iteration, 0 after the last
+    num_steps: int = 64  # steps of each environment in a batch, T
+    learning_rate: float = 2.5e-3  # Adam's step size
+    anneal_lr: bool = True  # lower it linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 0.95  # λ of generalized advantage estimation: 0 is one step, 1 is Monte Carlo
+    gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
     update_epochs: int = 4  # passes over each batch
-    num_minibatches: int = 4  # minibatches in a pass; must divide num_steps x num_envs
+    num_minibatches: int = 4  # in a pass; must divide num_steps x num_envs
     clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio out of [1 - ε, 1 + ε]
     ent_coef: float = 0.02  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # the gradient of all parameters together is scaled down to this norm where it is longer
-    target_kl: float = 0.0  # no further epoch once one has ended with a mean approximate KL above this; 0: off
-    normalize_advantages: bool = True  # shift and scale the advantages of each update to mean 0 and deviation 1
-    normalize_obs: bool = False  # shift and scale observations by their running mean and deviation
-    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return
-    hidden_size: int = 64  # width of the two hidden layers of each network
-    log_std_init: float = 0.0  # log σ at the start, in units in which the action bounds are ±1
+    max_grad_norm: float = 0.5  # a longer gradient is scaled down to this norm
+    target_kl: float = 0.0  # no further epoch after one with a mean approx_kl above this; 0: off
+    normalize_advantages: bool = True  # to mean 0 and deviation 1 in each minibatch
+    normalize_obs: bool = False  # by the running mean and deviation
+    normalize_rewards: bool = False  # by the running deviation of the discounted return
+    hidden_size: int = 64  # width of the two hidden layers
+    log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
 
     def __post_init__(self) -> None:
-        check_flags(self)
-        if self.batch_size % self.num_minibatches:
-            raise ValueError(f"--num-minibatches {self.num_minibatches} does not divide the batch of {self.batch_size}")
-
-    @property
-    def batch_size(self) -> int:
-        """Transitions in one rollout, B = T N."""
-        return self.num_steps * self.num_envs
-
-
-def make_envs(env_id: str, num_envs: int) -> list[gym.Env]:
-    """A plain list of environments; observations come out flat (Box reshaped, Discrete one-hot)."""
-    try:
-        envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    obs_space, action_space = envs[0].observation_space, envs[0].action_space
-    if not isinstance(obs_space, spaces.Box | spaces.Discrete):
-        fail(f"{env_id} has observations {obs_space}; Box and Discrete are supported, here and in the sibling scripts")
-    is_box = isinstance(action_space, spaces.Box) and action_space.dtype.kind == "f"
-    if not is_box and not isinstance(action_space, spaces.Discrete):
-        fail(f"{env_id} has actions {action_space}; Discrete and Box of floats are supported, here and in the siblings")
-    flat = isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1
-    return envs if flat else [gym.wrappers.FlattenObservation(env) for env in envs]
-
-
-def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
-    """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
-    layers = [nn.Linear(fan_in, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, fan_out)]
-    for layer, layer_gain in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-
-
-class CategoricalActor(nn.Module):
-    """Softmax policy over discrete actions: π(a|s) = exp z_a(s) / Σ_b exp z_b(s)."""
-
-    def __init__(self, obs_dim: int, num_actions: int, hidden_size: int) -> None:
-        super().__init__()
-        self.num_actions = num_actions
-        self.net = mlp(obs_dim, hidden_size, num_actions, 0.01)
-
-    def noise(self, *shape: int) -> Tensor:
-        """Gumbel noise −log E with E ~ Exp(1), (*shape, A): argmax_a (z_a + noise_a) is a draw from π."""
-        return -torch.empty(*shape, self.num_actions).exponential_().log()
-
-    @staticmethod
-    def choose(logits: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """Actions (B,) from logits (B, A); noise 0 gives the most likely ones."""
-        return (logits + noise).argmax(-1)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy −Σ_a π(a|s) log π(a|s), of the shape of `actions`."""
-        logprobs = self.net(obs).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-class GaussianActor(nn.Module):
-    """Gaussian policy over continuous actions: π(·|s) = N(μ(s), diag σ²), where log σ is a parameter."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, log_std_init: float) -> None:
-        super().__init__()
-        self.net = mlp(obs_dim, hidden_size, action_dim, 0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std_init))
-
-    def noise(self, *shape: int) -> Tensor:
-        """σ ε with ε ~ N(0, 1), (*shape, action_dim): μ + noise is a draw from π."""
-        return torch.randn(*shape, len(self.log_std)) * self.log_std.detach().exp().cpu()
-
-    @staticmethod
-    def choose(mean: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """Actions (B, action_dim) from means (B, action_dim); noise 0 gives the most likely ones."""
-        return mean + noise
-
-    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) = −½ Σ_d z_d² − Σ_d log(σ_d √(2π)) with z = (a − μ) / σ, and the entropy Σ_d log(σ_d √(2πe))."""
-        z = (actions - self.net(obs)) / self.log_std.exp()
-        log_normalizer = self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std)
-        logprobs = -0.5 * z.square().sum(-1) - log_normalizer
-        return logprobs, (log_normalizer + 0.5 * len(self.log_std)).expand_as(logprobs)
-
-
-class Critic(nn.Module):
-    """State value V(s): (..., obs_dim) to (...)."""
-
-    def __init__(self, obs_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.net = mlp(obs_dim, hidden_size, 1, 1.0)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.net(obs).squeeze(-1)
-
-
-class RunningNorm(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, with the moments of all rows so far; before any of them, x."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))  # of (), a graph forgets what it wrote
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("shift", torch.zeros(shape))
-        self.register_buffer("limit", torch.full(shape, torch.finfo(torch.float32).max))  # inf is no good number
-
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
-        x = x.to(self.mean.dtype).reshape(-1, *self.mean.shape)
-        var, mean = torch.var_mean(x, 0, correction=0)
-        self.count.add_(len(x))
-        weight, delta = len(x) / self.count, mean - self.mean
-        self.var.lerp_(var + (1 - weight) * delta**2, weight)
-        self.mean.lerp_(mean, weight)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
-        self.shift.copy_(-self.mean * self.scale)
-        self.limit.fill_(10.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale).clamp(-self.limit, self.limit)
+        check_ranges(self)
+        rows, rest = divmod(self.num_steps * self.num_envs, self.num_minibatches)
+        if rest or (rows == 1 and self.normalize_advantages):
+            raise ValueError("--num-minibatches must divide num_steps x num_envs, into more than single rows")
 
 
 class Agent(nn.Module):
-    """The policy, the critic, and the statistics that normalise what both of them see."""
+    """Policy π(a|s) and state value V(s) of raw observations; two networks that share no parameter."""
 
-    settled_after = 100_000  # observations
-
-    def __init__(self, env: gym.Env, hidden_size: int, log_std_init: float) -> None:
+    def __init__(self, envs, args: Args) -> None:
         super().__init__()
-        obs_dim, space = env.observation_space.shape[0], env.action_space
-        self.obs_norm = RunningNorm(obs_dim)
-        if isinstance(space, spaces.Discrete):
-            self.actor = CategoricalActor(obs_dim, int(space.n), hidden_size)
-        else:
-            self.actor = GaussianActor(obs_dim, math.prod(space.shape), hidden_size, log_std_init)
-        self.critic = Critic(obs_dim, hidden_size)
+        self.discrete = envs.discrete
+        self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
+        self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
+        log_std = torch.full((envs.action_dim,), args.log_std_init)
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
-    def update_obs_norm(self, obs: Tensor) -> None:
-        """Adds raw observations (..., obs_dim) to the statistics; once these are settled, no network's output changes.
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s): (..., obs_dim) to (...)."""
+        return self.critic(self.obs_norm(obs)).squeeze(-1)
 
-        The first layers make up for it: W' = W scale / scale', b' = b + W' scale' (mean' − mean), as the last one does
-        in Pop-Art (van Hasselt et al. 2016, proposition 1). Else new statistics would move the policy, and no clipping
-        nor bound on the KL would know. Inputs beyond the clip of ±10 aside, and the slope where a deviation grows more
-        than tenfold at once, as that of an input at rest does. At first outputs do change: kept from the first batch
-        on, they made two trials on Hopper-v5 (trpo.py, a2c.py) end lower.
+    def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
+        if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
+            log_pi = output.log_softmax(-1)
+            return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+        # N(μ, diag σ²):  log π = −½ Σ_d ((a_d − μ_d)/σ_d)² − Σ_d log(σ_d √(2π)),  H = Σ_d log(σ_d √(2πe))
+        log_normalizer = self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std)
+        logprobs = -0.5 * ((actions - output) / self.log_std.exp()).square().sum(-1) - log_normalizer
+        return logprobs, (log_normalizer + 0.5 * len(self.log_std)).expand_as(logprobs)
+
+    def noise(self, *shape: int) -> np.ndarray:
+        """Gumbel noise n = −log E, E ~ Exp(1): argmax_a (z_a + n_a) samples π; or n ~ N(0, 1) for μ + σ n."""
+        noise = torch.empty(*shape, len(self.log_std))  # drawn on the CPU, whatever the device
+        return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
+
+    def in_numpy(self):
+        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+
+        For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
-        norm = self.obs_norm
-        settled, mean, scale = norm.count >= self.settled_after, norm.mean.clone(), norm.scale.clone()
-        norm.update(obs)
-        ratio = torch.where(settled, scale / norm.scale, 1.0).clamp(max=10.0)
-        moved = (settled * (norm.mean - mean) * norm.scale).to(scale.dtype)
-        with torch.no_grad():
-            for layer in {self.actor.net[0], self.critic.net[0]}:  # one, if they share it
-                layer.weight.mul_(ratio)
-                layer.bias.add_(layer.weight @ moved)
+        tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
-    def policy(self) -> Callable[[np.ndarray, np.ndarray | float], np.ndarray]:
-        """act(obs, noise): the current policy, frozen, in NumPy; from raw observations (N, obs_dim) to actions.
-
-        For the few rows of an environment step this is several times faster than PyTorch, and nothing has to go to a
-        GPU and back. Actions are in the policy's units; `action_map` turns them into the environment's.
-        """
-        norm, net = self.obs_norm, self.actor.net
-        tensors = (norm.scale, norm.shift, -norm.limit, norm.limit, *net.parameters())
-        scale, shift, low, high, w1, b1, w2, b2, w3, b3 = (x.detach().cpu().numpy().T.copy() for x in tensors)
-
-        def act(obs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-            x = np.minimum(np.maximum(obs * scale + shift, low), high)
-            return self.actor.choose(np.tanh(np.tanh(x @ w1 + b1) @ w2 + b2) @ w3 + b3, noise)
+        def act(obs, noise):
+            x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
+            output = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+            return (output + noise).argmax(-1) if self.discrete else output + sigma * noise
 
         return act
-
-
-def discounted_sum(x: Tensor, discounts: Tensor) -> Tensor:
-    """y_t = x_t + c_t y_{t+1} with y_T = 0, along the first axis, for x and discounts c of one shape (T, ...).
-
-    Takes log2 T passes in place of T steps: after pass k, y_t holds its first 2^k terms and c_t the product of as many
-    discounts (Hillis and Steele 1986).
-    """
-    assert x.shape == discounts.shape
-    y, c, reach = x, discounts, 1
-    while reach < len(x):
-        later_y, later_c = (pad(z[reach:], (0, 0) * (x.dim() - 1) + (0, reach)) for z in (y, c))
-        y, c, reach = y + c * later_y, c * later_c, 2 * reach
-    return y
 
 
 def gae(
@@ -298,552 +146,448 @@ def gae(
 ) -> Tensor:  # fmt: skip
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
-    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t);  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
-    A time limit cuts the sum, but its last δ bootstraps: only termination makes the future worth nothing.
+    δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
+    A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
     """
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
     td_errors = rewards + gamma * next_values * ~terminated - values
-    return discounted_sum(td_errors, gamma * gae_lambda * (~dones).to(td_errors.dtype))
+    columns = td_errors.T.tolist()  # plain floats: faster than small tensors
+    for column, ends in zip(columns, dones.T.tolist(), strict=True):
+        for t in reversed(range(len(column) - 1)):
+            column[t] += gamma * gae_lambda * (not ends[t]) * column[t + 1]
+    return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
-def normalize(x: Tensor) -> Tensor:
-    """(x − mean) / (deviation + 1e-8) over all entries; zeros where all are equal."""
-    std, mean = torch.std_mean(x, correction=0)
-    return (x - mean) / (std + 1e-8)
+def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+    grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
+    norm = grad.norm()
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
 
 
-def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) -> tuple[Tensor, Tensor, Tensor]:
+def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) -> tuple[Tensor, ...]:
     """−mean min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = exp(logratio) (PPO eq. 7), for (B,) and (B,).
 
-    Also gives approx_kl = mean((ρ − 1) − log ρ), an estimate of KL(π_old‖π_θ) that is never negative, and the
-    fraction of samples whose ratio left the interval.
+    Also returns approx_kl = mean((ρ − 1) − log ρ), an estimate of KL(π_old‖π_θ) that is never negative, and
+    the fraction of samples whose ratio left the interval.
     """
     assert logratio.shape == advantages.shape
     ratio = logratio.exp()
-    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
         return policy_loss, (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
 
 
-def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − G)² over (B,); G is a constant."""
-    assert values.shape == returns.shape
-    return mse_loss(values, returns.detach())
-
-
 def ppo_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, returns: Tensor, *,
-    clip_coef: float, vf_coef: float, ent_coef: float, normalize_advantages: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """−L_clip + vf_coef L_V − ent_coef H (PPO eq. 9, negated: it is minimised), and what to log; obs are normalised."""
-    new_logprobs, entropy = agent.actor(obs, actions)
-    advantages = normalize(advantages) if normalize_advantages else advantages
-    policy_loss, approx_kl, clipfrac = clipped_surrogate(new_logprobs - old_logprobs, advantages, clip_coef)
-    v_loss, entropy = value_loss(agent.critic(obs), returns), entropy.mean()
-    metrics = {"policy_loss": policy_loss, "value_loss": v_loss, "entropy": entropy}
-    metrics |= {"approx_kl": approx_kl, "clipfrac": clipfrac}
-    return policy_loss + vf_coef * v_loss - ent_coef * entropy, metrics
+    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, returns: Tensor,
+    args: Args,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """−L_clip + vf_coef mean (V − G)² − ent_coef H (PPO eq. 9, negated: it is minimised), and what to log."""
+    if args.normalize_advantages:
+        std, mean = torch.std_mean(advantages, correction=0)
+        advantages = (advantages - mean) / (std + 1e-8)
+    logprobs, entropy = agent.policy(obs, actions)
+    policy_loss, approx_kl, clipfrac = clipped_surrogate(logprobs - old_logprobs, advantages, args.clip_coef)
+    values, entropy = agent.value(obs), entropy.mean()
+    assert values.shape == returns.shape
+    value_loss = mse_loss(values, returns)
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, [policy_loss, value_loss, entropy, approx_kl, clipfrac]
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-
-
-class Rollout(NamedTuple):
-    """T steps of N environments."""
-
-    obs: Tensor  # s_t (T, N, obs_dim), raw
-    next_obs: Tensor  # s'_t (T, N, obs_dim), the true successor, also where an episode ended
-    actions: Tensor  # a_t (T, N) or (T, N, action_dim), in the policy's units, not clipped
-    rewards: Tensor  # r_t (T, N), received for a_t
-    terminated: Tensor  # (T, N), s'_t ends the task: its value is 0
-    dones: Tensor  # (T, N), terminated or truncated: the next row starts a new episode
-    discounted_returns: Tensor  # r_t + γ r_{t-1} + γ² r_{t-2} + ... back to the start of the episode (T, N)
-
-
-class Collector:
-    """Steps N environments, and carries the unfinished episodes from one rollout to the next.
-
-    These can be a part of all `num_envs`, from index `first` on: the others belong to other processes.
-    """
-
-    def __init__(self, envs: list[gym.Env], gamma: float, first: int = 0, num_envs: int = 0) -> None:
-        self.envs, self.gamma, self.first, self.num_envs = envs, gamma, first, num_envs or len(envs)
-        self.to_env = action_map(envs[0].action_space)
-
-    def reset(self, seed: int, iteration: int) -> None:
-        """Drops the unfinished episodes and starts all environments from seeds made of (seed, iteration, index)."""
-        seeds = [env_seed(seed, 0, iteration, self.first + i) for i in range(len(self.envs))]
-        resets = [env.reset(seed=seed) for env, seed in zip(self.envs, seeds, strict=True)]
-        self.obs = np.array([obs for obs, _ in resets], np.float32)
-        self.episodes = [(0.0, 0, 0.0) for _ in self.envs]  # return, length and discounted return so far
-
-    def collect(self, agent: Agent, num_steps: int, step: int = 0) -> tuple[Rollout, list[tuple[int, float, int]]]:
-        """Runs the policy for T steps, after `step` others; adds (steps, return, length) of each episode that ended."""
-        act, shape, actions, ended = agent.policy(), (num_steps, len(self.envs)), [], []
-        obs, next_obs = np.empty((2, *shape, self.obs.shape[1]), np.float32)
-        rewards, discounted_returns = np.empty((2, *shape), np.float32)
-        terminated, dones = np.empty((2, *shape), bool)
-        noises = agent.actor.noise(num_steps, self.num_envs)[:, self.first : self.first + len(self.envs)].numpy()
-        for t, noise in enumerate(noises):
-            obs[t] = self.obs
-            actions.append(act(self.obs, noise))
-            if not math.isfinite(actions[t].sum()):  # MuJoCo would not survive it
-                check_finite(step + t * self.num_envs, {"obs": self.obs, "actions": actions[t]})
-            env_actions = self.to_env(actions[t])
-            for i, env in enumerate(self.envs):
-                next_obs[t, i], reward, terminated[t, i], truncated, _ = env.step(env_actions[i])
-                episodic_return, length, discounted = self.episodes[i]
-                self.episodes[i] = (episodic_return + reward, length + 1, reward + self.gamma * discounted)
-                rewards[t, i], discounted_returns[t, i] = reward, self.episodes[i][2]
-                dones[t, i] = terminated[t, i] or truncated
-            self.obs = next_obs[t].copy()
-            for i in np.flatnonzero(dones[t]):
-                ended.append((t * self.num_envs + self.first + int(i) + 1, *self.episodes[i][:2]))
-                self.obs[i], _ = self.envs[i].reset()
-                self.episodes[i] = (0.0, 0, 0.0)
-        if not math.isfinite(sum(np.vdot(x, x) for x in (obs, next_obs, rewards))):  # quick: nan and inf outlive a sum
-            check_finite(step, {"obs": obs, "next_obs": next_obs, "rewards": rewards})
-        arrays = (obs, next_obs, np.array(actions), rewards, terminated, dones, discounted_returns)
-        return Rollout(*(torch.from_numpy(array) for array in arrays)), ended
-
-
-def join(num_envs: int) -> tuple[int, int]:
-    """Joins the processes of torchrun; returns this one's rank and its share of the environments. Alone: 0 and all."""
-    if not dist.is_torchelastic_launched():
-        return 0, num_envs
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which is now what "cuda" means
-    dist.init_process_group()
-    if num_envs % dist.get_world_size():
-        fail(f"--num-envs {num_envs} cannot be divided among {dist.get_world_size()} processes")
-    return dist.get_rank(), num_envs // dist.get_world_size()
-
-
-def gather(x: Tensor) -> Tensor:
-    """The columns of all processes side by side: (T, N/P, ...) to (T, N, ...); x itself where there is but one."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, 1)
-
-
-def broadcast(run: "Run") -> None:
-    """Gives to all processes of torchrun what the first one has, perhaps from a checkpoint."""
-    if dist.is_initialized():
-        states = {name: part.state_dict() for name, part in run.parts.items()}
-        message = [run.step, run.iteration, torch.get_rng_state(), states]
-        dist.broadcast_object_list(message)
-        run.step, run.iteration, rng, states = message
-        torch.set_rng_state(rng)
-        for name, part in run.parts.items():
-            part.load_state_dict(states[name])
+METRICS = (
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
+    "losses/grad_norm", "losses/explained_variance",
+)  # fmt: skip
 
 
 def train(args: Args) -> dict[str, float]:
-    """Runs PPO; returns the last value of each metric, the final evaluation among them."""
-    rank, share = join(args.num_envs)
-    device = set_up(args.device, args.num_threads, args.seed)
-    envs = make_envs(args.env_id, share)
-    agent = Agent(envs[0], args.hidden_size, args.log_std_init).to(device)
-    return_norm = RunningNorm(1).to(device)
-    params = list(agent.parameters())
-    optimizer = torch.optim.Adam([flatten(params)], lr=args.learning_rate, eps=1e-5, fused=True)
-    collector = Collector(envs, args.gamma, rank * share, args.num_envs)
+    """Runs PPO; returns the last value of each metric, the evaluated return among them."""
+    device = set_up(args)
+    with Run() as run:
+        envs = Envs(run, args, args.num_envs)
+        agent = Agent(envs, args).to(device)
+        return_norm = RunningNorm().to(device)
+        params = list(agent.parameters())
+        flat = flatten(params)
+        optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
+        run.start(args, envs, agent=agent, return_norm=return_norm, optimizer=optimizer)
 
-    loss = partial(
-        ppo_loss, agent, clip_coef=args.clip_coef, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
-        normalize_advantages=args.normalize_advantages,
-    )  # fmt: skip
-    update = make_update(loss, params, optimizer, args.max_grad_norm, args.compile)
-    parts = {"agent": agent, "optimizer": optimizer, "return_norm": return_norm}
-    with Follower(args, **parts) if rank else Run(args, **parts) as run:
-        broadcast(run)
-        while run.step < args.total_timesteps:
+        def gradient(*minibatch: Tensor) -> tuple[Tensor, Tensor]:
+            """The clipped gradient as one vector, and the metrics as another."""
+            loss, metrics = ppo_loss(agent, *minibatch, args)
+            grad, grad_norm = flat_gradient(loss, params, args.max_grad_norm)
+            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
+
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
+            gradient = torch.compile(gradient, mode="reduce-overhead")  # on a GPU: CUDA graphs
+
+        while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rate
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 2. run the policy
-            if run.fresh_start:
-                collector.reset(args.seed, run.iteration)
-            rollout, ended = collector.collect(agent, args.num_steps, run.step)
-            ends = rollout.dones.clone()  # where V(s'_t) is not V(s_{t+1})
+            act, steps = agent.in_numpy(), []
+            for noise in agent.noise(args.num_steps, args.num_envs):
+                obs = envs.obs
+                actions = act(obs, noise)
+                steps.append((obs, actions, *envs.step(actions)))
+            obs, actions, rewards, next_obs, terminated, dones, discounted_returns = (
+                torch.from_numpy(np.array(x)).to(device) for x in zip(*steps, strict=True)
+            )
+            ends = dones.clone()  # where s'_t is not s_{t+1} of the batch
             ends[-1] = True
-            last_obs = agent.obs_norm(rollout.next_obs[ends].to(device))
-            raw_obs, _, actions, rewards, terminated, dones, discounted_returns = (x.to(device) for x in rollout)
-            obs, ends = agent.obs_norm(raw_obs), ends.to(device)
-            with torch.no_grad():
-                old_logprobs, _ = agent.actor(obs, actions)
+            last_obs = next_obs[ends]
+            with torch.no_grad():  # by the code of log π_θ, so that ρ is 1 at first
+                old_logprobs, _ = agent.policy(obs, actions)
 
             # 3. scale the rewards
             if args.normalize_rewards:
-                return_norm.update(gather(discounted_returns))
-            rewards = rewards * return_norm.scale
+                return_norm.update(discounted_returns)
+                rewards = rewards * return_norm.scale
 
             metrics = []
             for epoch in range(args.update_epochs):
                 # 4. advantages and returns, with the newest critic
                 with torch.no_grad():
-                    values = agent.critic(obs)
-                    next_values = values.roll(-1, 0).masked_scatter(ends, agent.critic(last_obs))
+                    values = agent.value(obs)
+                    next_values = values.roll(-1, 0).masked_scatter(ends, agent.value(last_obs))
                 advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
                 returns = advantages + values
-                if epoch == 0:  # by a critic that has not seen this batch
-                    explained = explained_variance(gather(values), gather(returns))
+                if epoch == 0:  # the critic has not seen this batch yet
+                    explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
 
-                # 5. one step for each minibatch of the shuffled batch
-                shuffle = torch.randperm(args.num_steps * share).to(device)
-                batch = (obs, actions, old_logprobs, advantages, returns)
-                minibatches = zip(*(x.flatten(0, 1)[shuffle].chunk(args.num_minibatches) for x in batch), strict=True)
-                steps = [update(*minibatch) for minibatch in minibatches]
-                metrics += steps
-                if args.target_kl and mean_metrics(steps)["losses/approx_kl"] > args.target_kl:
+                # 5. one step for each minibatch
+                batch = [x.flatten(0, 1) for x in (obs, actions, old_logprobs, advantages, returns)]
+                shuffled = torch.randperm(len(batch[0])).to(device)
+                for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch), strict=True):
+                    flat.grad, minibatch_metrics = gradient(*minibatch)
+                    optimizer.step()
+                    metrics.append(minibatch_metrics.clone())  # a CUDA graph overwrites them
+                means = torch.stack(metrics[-args.num_minibatches :]).mean(0)
+                if args.target_kl and means[METRICS.index("losses/approx_kl")] > args.target_kl:
                     break
 
-            # 6. update the statistics, log, evaluate, save
+            # 6. update the statistics (not before: π_old and π_θ have to see the same), log, evaluate, save
             if args.normalize_obs:
-                agent.update_obs_norm(gather(raw_obs))
-            more = {"losses/explained_variance": explained.item(), "charts/learning_rate": learning_rate}
-            run.end_iteration(args.batch_size, ended, mean_metrics(metrics) | more)
+                agent.obs_norm.update(obs)
+            means = [*torch.stack(metrics).mean(0), explained]
+            run.end_iteration(dict(zip(METRICS, means, strict=True)), learning_rate)
         return run.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing, the same text in every script: flags, devices, seeds, evaluation, gradient steps, the run and its checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Below: tools, the same text in every script
 SCRIPT = Path(__file__).stem
-FREE_FLAGS = {"device", "num_threads", "run_dir", "resume"}  # a resumed run may have other ones
+LONGEST = 100_000  # steps of an episode that has to end
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Exits with one sentence on stderr; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {message}", file=sys.stderr)
-    raise SystemExit(status)
+def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+    """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
+    sizes = (fan_in, hidden_size), (hidden_size, hidden_size), (hidden_size, fan_out)
+    layers = [nn.Linear(*size) for size in sizes]
+    for layer, layer_gain in zip(layers, (2**0.5, 2**0.5, gain), strict=True):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
-def check_flags(args: Any) -> None:
-    """Raises ValueError, in one sentence, for the first number that is out of its flag's range."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool | str):
-            continue
-        zero = isinstance(value, float) or name in ("seed", "eval_episodes") or name.endswith("_every")
-        low = -100 if name == "log_std_init" else 0 if zero else 1
-        high = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if name == "num_threads" else 2**63 - 1
-        if not low <= value <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
+class RunningNorm(nn.Module):
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
 
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
+        self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-def set_up(device: str, num_threads: int, seed: int) -> torch.device:
-    """Sets PyTorch's threads and the CPU generator from which all noise is drawn; returns the device."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|cuda|cuda:(0|[1-9]\d*)", chosen):
-        fail(f"--device must be auto, cpu, cuda or cuda:N, not {device}")
-    if chosen != "cpu" and int(chosen[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(seed)
-    return torch.device(chosen)
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+        x = x.reshape(-1, *self.mean.shape).double()
+        var, mean = torch.var_mean(x, 0, correction=0)
+        self.count += len(x)
+        weight = len(x) / self.count
+        self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
+        self.mean64.lerp_(mean, weight)
+        self.mean.copy_(self.mean64)
+        self.scale.copy_(torch.where(self.var > 0, (self.var + 1e-8).rsqrt(), 1))
 
-
-def env_seed(seed: int, *stream: int) -> int:
-    """The seed of a stream: (0, iteration, index) for training, (1, episode) for evaluation; 32 well-mixed bits."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])
-
-
-def action_units(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) such that the environment's action is scale x the policy's + shift.
-
-    Discrete: 0 is the first action. Box: [-1, 1] is stretched to the bounds where both are finite.
-    """
-    if isinstance(space, spaces.Discrete):
-        return np.int64(1), space.start
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(finite, space.low, -1), np.where(finite, space.high, 1)
-    return (high - low) / 2, (high + low) / 2
-
-
-def action_map(space: gym.Space) -> Callable[[np.ndarray], Sequence]:
-    """From the policy's actions, (N,) or (N, action_dim), to the environment's, clipped to the bounds of a Box."""
-    scale, shift = action_units(space)
-    if isinstance(space, spaces.Discrete):
-        return lambda actions: (actions + shift).tolist()  # environments check a plain int much faster
-    low, high, shape = space.low, space.high, (-1, *space.shape)
-    return lambda actions: np.minimum(np.maximum(actions.reshape(shape) * scale + shift, low), high)
-
-
-def evaluate(agent: Any, env: gym.Env, seed: int, episodes: int) -> tuple[float, float]:
-    """Mean return (undiscounted, as the environment pays it) and length of the greedy policy over whole episodes.
-
-    The episodes are the same ones at every call. Nothing that training reads is written, and no noise is drawn.
-    """
-    act, to_env, total, length = agent.policy(), action_map(env.action_space), 0.0, 0
-    for episode in range(episodes):
-        (obs, _), done = env.reset(seed=env_seed(seed, 1, episode)), False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(to_env(act(np.float32(obs)[None], 0.0))[0])
-            total, length, done = total + float(reward), length + 1, terminated or truncated
-    return total / episodes, length / episodes
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
-    """One vector of all parameters, which become views of it: what is done to the vector is done to them."""
-    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-    nn.utils.vector_to_parameters(flat.data, params)
+    """One vector of which the parameters become views: an optimizer's step is then one kernel."""
+    flat = nn.Parameter(parameters_to_vector(params).detach())
+    vector_to_parameters(flat.data, params)
     return flat
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of x over the processes of torchrun; x itself where there is but one."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
+def to_numpy(*tensors: Tensor) -> list[np.ndarray]:
+    """As arrays; from a GPU they come over in one transfer, on the CPU they are views."""
+    if tensors[0].is_cuda:
+        parts = torch.cat([x.detach().ravel() for x in tensors]).cpu().split([x.numel() for x in tensors])
+        tensors = [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    return [x.detach().numpy() for x in tensors]
 
 
-def agree(signum: int, ended: list) -> tuple[int, list]:
-    """A signal that came to any of the processes of torchrun, and the episodes that ended in all of them, in order."""
-    everything = [(signum, ended)]
-    if dist.is_initialized():
-        everything *= dist.get_world_size()
-        dist.all_gather_object(everything, (signum, ended))
-    signums, lists = zip(*everything, strict=True)
-    return max(signums), sorted(episode for each in lists for episode in each)
+def say(line):
+    """Prints; that the reader went away or the disk is full does not end the training."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = None
 
 
-def make_update(
-    loss: Callable, params: list[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float, compile: bool
-) -> Callable:
-    """Returns update(*batch): one step of the optimizer, which holds flatten(params), along the clipped gradient.
+def fail(sentence, status=2):
+    """Exits; status 2 is for bad input, 1 for a run that went wrong."""
+    print(f"{SCRIPT}: {sentence}".splitlines()[0], file=sys.stderr)
+    raise SystemExit(status)
 
-    `loss(*batch)` is a scalar and a dict of metrics. These come back with the gradient's norm, still on the device.
+
+def check_ranges(args):
+    """Raises ValueError for the first number that is out of its flag's range."""
+    for name, field in args.__dataclass_fields__.items():
+        value, most = getattr(args, name), 1 if name in ("gamma", "gae_lambda") else 2**31 - 1
+        least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
+        least = -100 if name == "log_std_init" else int(least)
+        if not isinstance(value, str) and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
+
+
+def set_up(args):
+    """Returns the device; sets the threads and the seed of PyTorch, whose CPU generator draws all noise."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    compiled = vars(args).get("compile", False)
+    try:
+        torch.compile(torch.neg, disable=not compiled)(torch.zeros(1, device=device)).item()
+    except Exception as error:
+        fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    return torch.device(device)
+
+
+class Envs:
+    """N copies of an environment, with flat observations, and actions whose bounds are ±1.
+
+    A copy that ended restarts at once: `obs` (N, obs_dim) is what to act on next, `step` returns the true
+    successors. `steps` counts those of all copies; `ended` lists (step, return, length) of episodes.
     """
-    (flat,) = optimizer.param_groups[0]["params"]
 
-    def gradient(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = loss(*batch)
-        grad = average(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, params)]))
-        grad_norm = grad.norm()
-        metrics = {f"losses/{name}": metric.detach() for name, metric in metrics.items()}
-        return grad * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0), metrics | {"losses/grad_norm": grad_norm}
-
-    best, graphs = gradient, compile and flat.is_cuda
-    if compile:
-        torch._dynamo.config.trace_autograd_ops = True  # else autograd.grad would cut the graph in two
-        best = torch.compile(gradient, options={"size_asserts": False, "triton.cudagraphs": graphs})
-
-    def update(*batch: Tensor) -> dict[str, Tensor]:
-        nonlocal best
+    def __init__(self, stack, args, num_envs, first=0):
+        self.name, self.gamma, self.steps, self.ended = args.env_id, args.gamma, 0, []
+        self.first = first  # of these copies among those of several processes
+        options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
-            flat.grad, metrics = best(*batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"--compile does not work here, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
-            flat.grad, metrics = (best := gradient)(*batch)
-        optimizer.step()
-        return {name: metric.clone() for name, metric in metrics.items()} if graphs else metrics  # else overwritten
+            self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
+        except (gym.error.Error, ImportError) as error:
+            fail(f"--env-id {self.name}: {error}")
+        self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
+        self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
+        floats = isinstance(self.space, Box) and self.space.dtype.kind == "f"
+        if not (self.one_hot or isinstance(self.obs_space, Box)) or not (self.discrete or floats):
+            known = "Box or Discrete observations, Discrete actions (not in ddpg.py) or a Box of floats"
+            fail(f"{self.name} has observations {self.obs_space}, actions {self.space}; known are {known}")
+        self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
+        if floats:
+            low, high = self.space.low, self.space.high
+            largest = min(float(np.finfo(low.dtype).max), 1e30)  # from there on it means: no bound
+            bounded = np.maximum(-low, high) < largest
+            low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+            self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
-    return update
+    def row(self, obs):
+        """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
+        if np.shape(obs) != self.obs_space.shape:
+            fail(f"{self.name} returned an observation of shape {np.shape(obs)} for {self.obs_space}", 1)
+        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else np.ravel(obs)
+
+    def reset(self, *stream):
+        """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
+        seeds = np.random.SeedSequence(stream).generate_state(self.first + len(self.envs))[self.first :] >> 1
+        obs = [self.row(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds, strict=True)]
+        self.obs = np.array(obs, np.float32)
+        self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
+
+    def step(self, actions, running=None):
+        """Returns rewards, true successors, terminated, dones (terminated or truncated), discounted returns.
+
+        Copies that are not in the mask `running` wait: they stay where they are, for a reward of 0.
+        """
+        if self.discrete:
+            actions = actions + self.space.start
+        else:
+            if not np.isfinite(actions).all():
+                fail(f"an action of the policy is not finite at step {self.steps:,}", 1)
+            actions = actions.reshape(-1, *self.space.shape) * self.scale + self.shift
+            actions = actions.clip(self.space.low, self.space.high)
+        actions, next_obs = actions.astype(self.space.dtype), self.obs.copy()
+        rewards, discounted_returns = np.zeros((2, len(self.envs)), np.float32)
+        terminated, dones = np.zeros((2, len(self.envs)), bool)
+        copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
+        self.steps += len(copies)
+        try:
+            for i in copies:
+                action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+                obs, reward, ended, truncated, _ = self.envs[i].step(action)
+                next_obs[i], reward = self.row(obs), np.asarray(reward).item()
+                total, length, discounted = self.episodes[i]
+                self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
+                rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
+                terminated[i], dones[i] = bool(ended), bool(ended or truncated)
+        except Exception as error:
+            error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
+            raise
+        if not math.isfinite(next_obs.sum() + sum(rewards)):
+            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+            fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
+        self.obs = next_obs.copy()
+        for i in dones.nonzero()[0]:
+            self.ended.append((self.steps, *self.episodes[i][:2]))
+            self.obs[i], self.episodes[i] = self.row(self.envs[i].reset()[0]), (0.0, 0, 0.0)
+        return rewards, next_obs, terminated, dones, discounted_returns
 
 
-def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each metric over the updates (and processes), copied from the device in one go."""
-    means = average(torch.stack([torch.stack([update[name] for update in metrics]).mean() for name in metrics[0]]))
-    return dict(zip(metrics[0], means.tolist(), strict=True))
+class Run(ExitStack):
+    """A run's directory, curves, checkpoint, evaluations and signals; closes what was opened.
 
-
-def check_finite(step: int, values: dict) -> None:
-    """Ends the run at the first number that is not finite, before it can reach a checkpoint; `step` tells where."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_finite(step, {f"{name} {key}": x for key, x in value.items()})
-        elif isinstance(value, Tensor | np.ndarray | float) and not torch.as_tensor(value).isfinite().all():
-            fail(f"{name} is not finite after step {step:,}; the last checkpoint stays as it was", status=1)
-
-
-class Run:
-    """A run directory (TensorBoard events and checkpoint.pt), the progress line and the signals.
-
-    `parts` is everything with a state_dict; a checkpoint holds it, the flags, the counters and the generator's state.
-    After a periodic checkpoint `fresh_start` asks for new episodes, in the run that goes on as in one that resumes: so
-    no environment needs saving, and the two agree bit for bit.
+    All episodes restart after a periodic checkpoint, in the run that goes on as in one that resumes: so no
+    environment has to be saved, and the two agree bit for bit.
     """
 
-    def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts, self.eval_env = args, parts, make_envs(args.env_id, 1)[0]
+    def start(self, args, envs, **parts):
+        """Begins in a new directory, or goes on from a checkpoint, which holds the state of all `parts`."""
+        self.args, self.envs, self.parts, self.metrics, self.pending = args, envs, parts, {}, []
         self.step = self.iteration = self.signal = 0
-        self.fresh_start, self.metrics, self.last_return = True, {}, math.nan
-        name = f"seed{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        self.dir = Path(args.run_dir or Path("runs", args.env_id, SCRIPT, name))
+        name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
+        self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
         if args.resume and not args.run_dir:
             fail("--resume needs --run-dir, the run to continue")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            used = any(self.dir.iterdir())
-        except OSError as error:
-            fail(f"--run-dir {self.dir} cannot be used ({error.strerror})")
-        if used and not args.resume:
-            fail(f"{self.dir} is not empty: add --resume to continue the run in it, or name another --run-dir")
-        if self.path.exists():
-            self.load()
+            self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+            if any(self.dir.iterdir()) and not args.resume:
+                raise FileExistsError("it is not empty; --resume continues its run")
+            if self.path.exists():
+                self.load()
+            self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+        except Exception as error:
+            fail(f"--run-dir {self.dir} cannot be used: {type(error).__name__} {error}")
+        self.writer.add_text("flags", "\n".join(f"    {flag} {value}" for flag, value in vars(args).items()))
+        with suppress(ValueError):  # only the main thread can set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, signum, signal.signal(signum, self.on_signal))
+        envs.steps = self.first_step = self.logged = self.step
+        envs.reset(args.seed, 0, self.iteration)
+        self.clock = time.perf_counter()
+        say(f"{SCRIPT} on {args.env_id}, from step {self.step:,}, in {self.dir}")
 
-    def load(self) -> None:
-        """Takes everything from the checkpoint, or refuses it."""
-        try:
-            with ZipFile(self.path) as file:
-                if file.testzip():
-                    raise BadZipFile  # PyTorch does not look at the checksums
-            saved = dict(torch.load(self.path, map_location="cpu", weights_only=True))
-            now, then = asdict(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-            names = [name for name in now | then if name not in FREE_FLAGS]  # one that only one of them has differs
-            changed = [name for name in names if now.get(name) != then.get(name)]
-            if changed:
-                differences = ", ".join(f"{name} (was {then.get(name)}, is {now.get(name)})" for name in changed)
-                fail(f"{self.path} can only be continued with its own flags; these differ: {differences}")
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.iteration = saved["step"], saved["iteration"]
-            torch.set_rng_state(saved["rng"])
-        except (OSError, BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError):
-            fail(f"{self.path} is damaged, or not a checkpoint of this project")
+    def on_signal(self, signum, _):
+        """The first signal ends the run after this iteration; a second one kills the process."""
+        self.signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def save(self) -> None:
-        """Writes the checkpoint beside the old one, then renames it: a kill at any moment leaves one that is whole."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        check_finite(self.step, state)
-        state |= {"script": SCRIPT, "args": asdict(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {"rng": torch.get_rng_state(), "versions": {m.__name__: str(m.__version__) for m in (torch, gym, np)}}
-        self.writer.flush()  # after a resume no event up to this step may be missing
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+    def load(self):
+        """Takes everything from the checkpoint, or raises what is wrong with it."""
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        flags, others = vars(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
+        changed = {flag for flag, _ in flags.items() ^ others.items()}
+        if changed := changed - {"device", "num_threads", "run_dir", "resume"}:  # which do not shape the run
+            raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step, self.iteration = saved["step"], saved["iteration"]
+        torch.set_rng_state(saved["rng"])
+
+    def save(self):
+        """A kill at any moment leaves a whole checkpoint: the old one, or this."""
+        self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
+        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        os.replace(file.name, self.path)
 
-    def __enter__(self) -> "Run":
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)  # drops what came after the checkpoint
-        flags = asdict(self.args).items()
-        self.writer.add_text("flags", "\n".join(f"    --{name.replace('_', '-')} {value}" for name, value in flags))
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.clock, self.first_step, self.compiling = time.perf_counter(), self.step, self.args.compile
-        self.shown = -math.inf
-        print(f"{SCRIPT} on {self.args.env_id}, from step {self.step:,}, in {self.dir}", flush=True)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.writer.close()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def on_signal(self, signum: int, _: Any) -> None:
-        """Notes the first signal, which is acted on at the end of the iteration; a second one kills the process."""
-        self.signal = signum
-        for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a point to each curve, all in one event; the x axis is the number of environment steps."""
+    def log(self, step, metrics):
+        """Adds a point to each curve; the x axis is the number of environment steps."""
         self.metrics |= metrics
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps and logs; evaluates and saves when it is time; exits if a signal came."""
-        check_finite(self.step, metrics)
-        stop, ended = agree(self.signal, ended)  # read once: no exit without a checkpoint
-        for offset, episodic_return, length in ended:
-            self.last_return = episodic_return
-            point = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
-            self.log(self.step + offset, point)
-        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        now = time.perf_counter()
-        self.speed = (self.step - self.first_step) / (now - self.clock)
-        self.log(self.step, metrics | {"charts/SPS": self.speed})
-        if self.compiling:  # what comes before the second update does not count, unless it is all there is
-            if "losses/grad_norm" in metrics:
-                print(f"the first update compiled: {now - self.clock:.1f} s", flush=True)
-                self.compiling = False
-            self.clock, self.first_step = now, self.step
-        self.show_progress()
-        finished, every = self.step >= self.args.total_timesteps, self.args.eval_every
-        if finished or (every and self.step // every > before // every):
-            self.log(self.step, self.evaluate())
-        every = self.args.checkpoint_every
-        self.fresh_start = bool(every) and self.step // every > before // every
-        if self.fresh_start or finished or stop:
+    def end_iteration(self, metrics, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+        args, now, before = self.args, time.perf_counter(), self.logged
+        self.step, self.iteration = self.envs.steps, self.iteration + 1
+        self.pending.append(metrics)
+        left = max(0, args.total_timesteps - self.step)
+        if left and not self.signal and self.step < before + log_interval:
+            return
+        tags = dict.fromkeys(tag for metrics in self.pending for tag in metrics)
+        means = [torch.stack([x[tag] for x in self.pending if tag in x]).mean() for tag in tags]
+        means = dict(zip(tags, torch.stack(means).tolist() if means else [], strict=True))
+        for tag, value in means.items():
+            if not math.isfinite(value):
+                fail(f"{tag} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
+        for step, episodic_return, length in self.envs.ended:
+            self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        speed = (self.step - self.first_step) / (now - self.clock)
+        self.log(self.step, means | {"charts/learning_rate": learning_rate, "charts/SPS": speed})
+        self.envs.ended, self.pending, self.logged = [], [], self.step
+        if 10 * self.step // args.total_timesteps > 10 * before // args.total_timesteps:
+            done = min(1, self.step / args.total_timesteps)
+            line = f"{done:4.0%}  step {self.step:,}  {speed:,.0f} steps/s  {left / speed:,.0f} s left"
+            say(f"{line}  return {self.metrics.get('charts/episodic_return', math.nan):.1f}")
+        if left and args.eval_every and self.step // args.eval_every > before // args.eval_every:
+            self.evaluate()
+        if args.checkpoint_every and self.step // args.checkpoint_every > before // args.checkpoint_every:
             self.save()
-        if stop:
-            fail(f"stopped at step {self.step:,}; add --run-dir {self.dir} --resume to continue", 128 + stop)
-        self.clock += time.perf_counter() - now  # nor do evaluations and checkpoints
+            self.envs.reset(args.seed, 0, self.iteration)
+        self.clock += time.perf_counter() - now  # what is no training does not count
 
-    def show_progress(self) -> None:
-        """Refreshes a line on a terminal; elsewhere prints one at every tenth of the run."""
-        done = min(1.0, self.step / self.args.total_timesteps)
-        terminal = sys.stdout.isatty()
-        now, pause = (time.perf_counter(), 0.2) if terminal else (math.floor(10 * done), 1)
-        if now >= self.shown + pause or done == 1:
-            self.shown, left = now, max(0, self.args.total_timesteps - self.step) / self.speed
-            line = f"{done:4.0%}  step {self.step:,}  {self.speed:,.0f} steps/s  {left:,.0f} s left"
-            line += f"  return {self.last_return:.1f}"
-            print(f"{line}\x1b[K" if terminal else line, end="\r" if terminal and done < 1 else "\n", flush=True)
+    def evaluate(self):
+        """Logs the mean return and length of greedy episodes, in an environment of their own."""
+        if not self.args.eval_episodes or self.signal:
+            return
+        with ExitStack() as stack:
+            envs = Envs(stack, self.args, 1)
+            envs.reset(self.args.seed, 1)
+            act = self.parts["agent"].in_numpy()
+            while len(envs.ended) < self.args.eval_episodes and envs.episodes[0][1] < LONGEST:
+                envs.step(act(envs.obs, 0))
+                if self.signal:
+                    return
+        if envs.episodes[0][1] == LONGEST:
+            say(f"evaluation cut after {LONGEST:,} steps of one episode: see --max-episode-steps")
+            envs.ended.append((0, *envs.episodes[0][:2]))
+        _, value, length = np.mean(envs.ended, 0).tolist()
+        self.log(self.step, {"eval/episodic_return": value, "eval/episodic_length": length})
+        say(f"evaluated return {value:.1f} over {len(envs.ended)} episodes")
 
-    def evaluate(self) -> dict[str, float]:
-        """The greedy policy's return and length."""
-        if not self.args.eval_episodes:
-            return {}
-        result = evaluate(self.parts["agent"], self.eval_env, self.args.seed, self.args.eval_episodes)
-        return dict(zip(("eval/episodic_return", "eval/episodic_length"), result, strict=True))
-
-    def finish(self) -> dict[str, float]:
-        """Prints how good the policy has become; returns the last value of each metric."""
-        self.metrics = self.metrics or self.evaluate()  # empty if a finished run was resumed
-        if self.args.eval_episodes:
-            value, threshold = self.metrics["eval/episodic_return"], self.eval_env.spec.reward_threshold
-            line = f"evaluated return {value:.1f} over {self.args.eval_episodes} episodes"
-            if threshold is not None:
-                line += f", {'solved' if value >= threshold else 'not solved'} (needs {threshold:g})"
-            print(line)
-        print(f"tensorboard --logdir {self.args.run_dir or 'runs'}")
+    def finish(self):
+        """Saves, evaluates, and returns the last value of each metric."""
+        self.save()
+        self.evaluate()
+        if self.signal:
+            again = f"--run-dir {shlex.quote(str(self.dir))} --resume"
+            fail(f"stopped at step {self.step:,}; add {again} to continue", 128 + self.signal)
+        say(f"tensorboard --logdir {shlex.quote(self.args.run_dir or 'runs')}")
         return self.metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Follower(Run):
-    """What Run is to the first process of torchrun, to the others: it counts, and writes nothing."""
-
-    def __init__(self, args: Any, **parts: Any) -> None:
-        self.args, self.parts, self.fresh_start = args, parts, True
-        self.step = self.iteration = self.signal = 0
-
-    def __enter__(self) -> "Follower":
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def end_iteration(self, steps: int, ended: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Counts the steps; exits if a signal came."""
-        check_finite(self.step, metrics)
-        stop, _ = agree(self.signal, ended)
-        before, self.step, self.iteration = self.step, self.step + steps, self.iteration + 1
-        every = self.args.checkpoint_every
-        self.fresh_start = bool(every) and self.step // every > before // every
-        if stop:
-            raise SystemExit(128 + stop)
-
-    def finish(self) -> dict[str, float]:
-        """Nothing was logged here."""
-        time.sleep(0.2)  # Gloo's threads let go of the last tensors; at the exit they would abort this process
-        return {}
-
-
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # Greek letters, where the terminal has none
     train(tyro.cli(Args, description=__doc__))
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==3.8.1",
+#   "numpy==2.4.6", "tyro==1.0.17", "tensorboard==2.21.0"]
+# ///

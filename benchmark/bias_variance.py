@@ -13,8 +13,9 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class Args:
 def gradient(agent: ac.Agent, obs: Tensor, actions: Tensor, advantages: Tensor) -> np.ndarray:
     """One estimate of ∇J, as a long vector."""
     loss, _ = ac.actor_loss(agent, obs, actions, advantages, ent_coef=0.0)
-    return -torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(agent.actor.parameters()))]).numpy()
+    params = [x for name, x in agent.named_parameters() if not name.startswith("critic")]
+    return -torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)]).numpy()
 
 
 def summary(estimates: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -61,38 +63,40 @@ def summary(estimates: np.ndarray, reference: np.ndarray) -> tuple[float, float]
     return float((differences.mean(0) ** 2).sum() - noise), float(estimates.var(0, ddof=1).sum())
 
 
-
 class Sampler:
     """Rollouts of the policy that is held, as what the estimators need."""
 
-    def __init__(self, args: Args, agent: ac.Agent, envs: list) -> None:
-        self.agent, self.num_steps, self.collector = agent, args.num_steps, ac.Collector(envs, args.gamma)
-        self.collector.reset(seed=1, iteration=0)
-        self.lengths: list[int] = []
+    def __init__(self, args: Args, agent: ac.Agent, envs: ac.Envs) -> None:
+        self.agent, self.num_steps, self.envs = agent, args.num_steps, envs
+        envs.reset(1, 0, 0)
 
     def __call__(self) -> tuple[Tensor, Tensor, Callable]:
-        """Normalised obs, actions, and arrays(critic): rewards, V(s_t), V(s'_t), terminated and dones."""
-        rollout, ended = self.collector.collect(self.agent, 2 * self.num_steps)
-        self.lengths += [length for _, _, length in ended]
-        ends = rollout.dones.clone()
-        ends[-1] = True
-        obs, last_obs = (self.agent.obs_norm(x) for x in (rollout.obs, rollout.next_obs[ends]))
+        """obs, actions, and arrays(agent): rewards, V(s_t), V(s'_t), terminated and dones, by that agent's critic."""
+        act, steps = self.agent.in_numpy(), []
+        for noise in self.agent.noise(2 * self.num_steps, len(self.envs.envs)):
+            obs = self.envs.obs
+            actions = act(obs, noise)
+            steps.append((obs, actions, *self.envs.step(actions)[:4]))
+        obs, actions, rewards, next_obs, terminated, dones = (
+            torch.from_numpy(np.array(x)) for x in zip(*steps, strict=True)
+        )
 
-        def arrays(critic: ac.Critic) -> tuple[Tensor, ...]:
-            values = ac.state_values(critic, obs, last_obs, ends)
-            return rollout.rewards, *values, rollout.terminated, rollout.dones
+        def arrays(agent: ac.Agent) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                values, next_values = agent.value(torch.stack([obs, next_obs]))
+            return rewards, values, next_values, terminated, dones
 
-        return obs, rollout.actions, arrays
+        return obs, actions, arrays
 
 
-def fit(critic: ac.Critic, batches: list, args: Args, epochs: int) -> None:
-    """Steps of Adam on the value loss with Monte Carlo returns, on one batch after the other."""
-    optimizer = torch.optim.Adam(critic.parameters(), lr=ac.Args.critic_learning_rate, eps=1e-5)
+def fit(agent: ac.Agent, batches: list, args: Args, epochs: int) -> None:
+    """Steps of Adam of the critic on the value loss with Monte Carlo returns, on one batch after the other."""
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=ac.Args.critic_learning_rate, eps=1e-5)
+    flags = ac.Args(gamma=args.gamma, critic_target="monte_carlo")
     for epoch in range(epochs):
         obs, _, arrays = batches[epoch % len(batches)]
-        targets = ac.critic_targets(*arrays(critic), gamma=args.gamma, critic_target="monte_carlo")
         optimizer.zero_grad()
-        ac.value_loss(critic(obs), targets).backward()
+        ac.critic_loss(agent, obs, ac.critic_targets(*arrays(agent), args=flags)).backward()
         optimizer.step()
 
 
@@ -101,34 +105,38 @@ def measure(args: Args) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         ac.train(ac.Args(env_id=args.env_id, total_timesteps=args.train_steps, run_dir=directory, eval_episodes=0))
         saved = torch.load(Path(directory, "checkpoint.pt"), weights_only=True)
-    envs = ac.make_envs(args.env_id, args.num_envs)
-    agent = ac.Agent(envs[0], ac.Args.hidden_size, ac.Args.log_std_init)
+    flags = ac.Args(env_id=args.env_id, gamma=args.gamma)
+    stack = ExitStack()
+    envs = ac.Envs(stack, flags, args.num_envs)
+    agent = ac.Agent(envs, flags)
     agent.load_state_dict(saved["agent"])
-    sample, poor, good = Sampler(args, agent, envs), agent.critic, deepcopy(agent.critic)
+    sample, poor, good = Sampler(args, agent, envs), agent, deepcopy(agent)
     fit(good, [sample() for _ in range(20)], args, args.fit_steps)
     critics = {"as it is in training": poor, "fitted to 20 rollouts": good}
 
-    n_steps = {f"n = {n}": {"advantage": "n_step", "lookahead": n, "gae_lambda": 0.0} for n in LOOKAHEADS}
-    gaes = {f"λ = {x:g}": {"advantage": "gae", "lookahead": 1, "gae_lambda": x} for x in LAMBDAS}
+    n_steps = {f"n = {n}": replace(flags, advantage="n_step", lookahead=n) for n in LOOKAHEADS}
+    gaes = {f"λ = {x:g}": replace(flags, advantage="gae", gae_lambda=x) for x in LAMBDAS}
     estimates = {critic: {name: [] for name in n_steps | gaes} for critic in critics}
     explained = {critic: [] for critic in critics}
     for _ in tqdm(range(args.rollouts)):
         obs, actions, arrays = sample()
-        for critic, network in critics.items():
-            inputs = arrays(network)
+        for critic, critic_agent in critics.items():
+            inputs = arrays(critic_agent)
             for name, kind in (n_steps | gaes).items():
-                advantages = ac.advantage_estimates(*inputs, gamma=args.gamma, **kind)
+                advantages = ac.advantage_estimates(*inputs, args=kind)
                 part = (x[: args.num_steps] for x in (obs, actions, advantages))
                 estimates[critic][name].append(gradient(agent, *part))
-            returns = ac.critic_targets(*inputs, gamma=args.gamma, critic_target="monte_carlo")
+            returns = ac.critic_targets(*inputs, args=replace(flags, critic_target="monte_carlo"))
             values = inputs[1][: args.num_steps]
             explained[critic].append(float(ac.explained_variance(values, returns[: args.num_steps])))
 
+    lengths = [length for _, _, length in envs.ended]
+    stack.close()
     truth = np.array(estimates["fitted to 20 rollouts"]["λ = 1"])
     length = float((truth.mean(0) ** 2).sum() - truth.var(0, ddof=1).sum() / len(truth))  # its noise taken off, too
     return {
-        "episode_length": float(np.mean(sample.lengths)),
-        "longest_episode": max(sample.lengths),
+        "episode_length": float(np.mean(lengths)),
+        "longest_episode": int(max(lengths)),
         "explained_variance": {critic: float(np.mean(x)) for critic, x in explained.items()},
         "critics": {
             critic: {name: [x / length for x in summary(np.array(rows), truth)] for name, rows in table.items()}

@@ -140,23 +140,19 @@ def make(
 
 
 def evaluate(model: Any, env_id: str, seed: int, episodes: int) -> tuple[float, float]:
-    """Mean return and length of the greedy policy over the very episodes of a script's own evaluation, side by side."""
+    """Mean return and length of the greedy policy over the very episodes of a script's own evaluation."""
     import gymnasium as gym
 
-    from ppo import env_seed  # the same in all scripts
-
-    envs, normalizer = [gym.make(env_id) for _ in range(episodes)], model.get_vec_normalize_env()
-    obs = np.array([env.reset(seed=env_seed(seed, 1, episode))[0] for episode, env in enumerate(envs)])
-    total, length, alive = 0.0, 0, list(range(episodes))
-    while alive:
-        seen = normalizer.normalize_obs(obs[alive]) if normalizer else obs[alive]
-        ended = set()
-        for i, action in zip(alive, model.predict(seen, deterministic=True)[0], strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+    normalizer, total, length, left = model.get_vec_normalize_env(), 0.0, 0, episodes
+    with gym.make(env_id) as env:
+        obs, _ = env.reset(seed=int(np.random.SeedSequence((seed, 1)).generate_state(1)[0] >> 1))
+        while left:
+            seen = normalizer.normalize_obs(obs[None]) if normalizer else obs[None]
+            obs, reward, terminated, truncated, _ = env.step(model.predict(seen, deterministic=True)[0][0])
             total, length = total + float(reward), length + 1
             if terminated or truncated:
-                ended.add(i)
-        alive = [i for i in alive if i not in ended]
+                left -= 1
+                obs, _ = env.reset()
     return total / episodes, length / episodes
 
 

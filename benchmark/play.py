@@ -8,11 +8,10 @@ The policy is greedy, and its episodes are those of the script's own evaluation.
 """
 
 import importlib
-import inspect
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import gymnasium as gym
@@ -34,58 +33,70 @@ class Args:
     record: str = ""  # .npz file for obs, actions (in the environment's units), rewards and ends
 
 
-def load(run_dir: str) -> tuple[Any, Any, Any]:
-    """The script, the flags and the agent of a run, from its checkpoint."""
-    path = Path(run_dir, "checkpoint.pt")
+class Recorder(gym.Wrapper):
+    """Keeps what an environment sees and returns, and its first frames."""
+
+    def __init__(self, env: gym.Env, max_frames: int) -> None:
+        super().__init__(env)
+        self.max_frames, self.frames = max_frames, []
+        self.arrays: dict[str, list] = {"obs": [], "actions": [], "rewards": [], "ends": []}
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        self.obs, info = self.env.reset(**kwargs)
+        return self.obs, info
+
+    def step(self, action: Any) -> tuple:
+        if len(self.frames) < self.max_frames:
+            self.frames.append(self.env.render())
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        for name, value in zip(self.arrays, (self.obs, action, reward, terminated or truncated), strict=True):
+            self.arrays[name].append(np.array(value))
+        self.obs = obs
+        return obs, reward, terminated, truncated, info
+
+
+def play(args: Args) -> tuple[list[float], Recorder]:
+    """The return of each episode, and what was recorded."""
+    path = Path(args.run_dir, "checkpoint.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         script = importlib.import_module(saved["script"])
-    except (OSError, UnpicklingError, RuntimeError, LookupError, TypeError, ImportError) as error:
+        flags = script.Args(**saved["args"])
+    except Exception as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or not a script's checkpoint"
         print(f"play: {path} {what}", file=sys.stderr)
         raise SystemExit(2) from None
-    (kind,) = (x for name, x in vars(script).items() if name.endswith("Agent"))  # Agent, or one of its own
-    args, (env, *names) = script.Args(**saved["args"]), inspect.signature(kind).parameters
-    agent = kind(**{env: script.make_envs(args.env_id, 1)[0]}, **{name: getattr(args, name) for name in names})
-    agent.load_state_dict(saved["agent"])
-    return script, args, agent
-
-
-def play(args: Args) -> tuple[list[float], dict[str, list], list[np.ndarray], int]:
-    """The return of each episode, the arrays of all of them, the frames if they are asked for, and frames a second."""
-    script, flags, agent = load(args.run_dir)
-    camera = {"camera_name": args.camera} if args.camera else {}
-    env = gym.make(flags.env_id, render_mode="rgb_array" if args.gif else None, **camera)
-    act, to_env = agent.policy(), script.action_map(env.action_space)
-    returns, frames, arrays = [], [], {"obs": [], "actions": [], "rewards": [], "ends": []}
-    for episode in range(args.episodes):
-        (obs, _), done, total = env.reset(seed=script.env_seed(flags.seed, 1, episode)), False, 0.0
-        while not done:
-            if args.gif and len(frames) < args.max_frames:
-                frames.append(env.render())
-            flat = gym.spaces.flatten(env.observation_space, obs).astype(np.float32)
-            action = to_env(act(flat[None], 0.0))[0]
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total, done = total + float(reward), terminated or truncated
-            for name, value in zip(arrays, (flat, action, reward, done), strict=True):
-                arrays[name].append(value)
-        returns.append(total)
-    return returns, arrays, frames, env.metadata["render_fps"]
+    with ExitStack() as stack:
+        envs = script.Envs(stack, flags, 1)
+        agent = script.Agent(envs, flags)
+        state = {name: value for name, value in saved["agent"].items() if name != "multiplier"}  # of trpo.py's dual
+        agent.load_state_dict(state)
+        camera = {"camera_name": args.camera} if args.camera else {}
+        mode = {"render_mode": "rgb_array"} if args.gif else {}
+        env = gym.make(flags.env_id, max_episode_steps=flags.max_episode_steps or None, **mode, **camera)
+        recorder = stack.enter_context(Recorder(env, args.max_frames if args.gif else 0))
+        envs.envs = [recorder]
+        envs.reset(flags.seed, 1)
+        act = agent.in_numpy()
+        while len(envs.ended) < args.episodes:
+            envs.step(act(envs.obs, 0))
+    return [episodic_return for _, episodic_return, _ in envs.ended], recorder
 
 
 def main(args: Args) -> None:
     """Plays, prints the returns, and writes the files that are asked for."""
-    returns, arrays, frames, fps = play(args)
+    returns, recorder = play(args)
     print(f"returns {', '.join(f'{x:.1f}' for x in returns)}; mean {np.mean(returns):.1f}")
     if args.record:
-        np.savez(args.record, **{name: np.array(values) for name, values in arrays.items()})
+        np.savez(args.record, **{name: np.array(values) for name, values in recorder.arrays.items()})
     if args.gif:
         from PIL import Image
 
-        images = [Image.fromarray(frame) for frame in frames]
+        images = [Image.fromarray(frame) for frame in recorder.frames]
         size = args.width, round(args.width * images[0].height / images[0].width)
         images = [image.resize(size).convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for image in images]
-        images[0].save(args.gif, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+        duration = 1000 / recorder.metadata["render_fps"]
+        images[0].save(args.gif, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --growth
     python -m benchmark.speed --script ppo --env-id CartPole-v1 --race 475 --steps 100000
     python -m benchmark.speed --script a2c --env-id HalfCheetah-v5 --processes --steps 100000
-    python -m benchmark.speed --script ddpg --contenders eager two_threads compiled mkl --steps 4000
+    python -m benchmark.speed --script ddpg --contenders eager two_threads compiled --steps 4000
 
-Each contender is a process of its own with one thread (two_threads: PyTorch has two; mkl: compiled, without oneDNN); in
-a round they run one after the other, so that a machine whose speed drifts slows all of them. What comes before the end
+Each contender is a process of its own with one thread (two_threads: PyTorch has two); in a round they run one after the
+other, so that a machine whose speed drifts slows all of them. What comes before the end
 of the first iteration with an update (imports, warm-up, compilation) is left out. Both clocks are reported: wall time,
 and CPU time of the process, which other processes disturb less. CleanRL's scripts need an older Gymnasium, hence an
 interpreter of their own: a folder with a checkout of CleanRL in `cleanrl` and a virtual environment in `.venv`
@@ -120,7 +120,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # Gymnasium environment
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run
-    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # also cleanrl, mkl, two_threads
+    contenders: tuple[str, ...] = ("eager", "compiled", "sb3", "bare", "vector")  # also cleanrl, two_threads
     cleanrl: str = ""  # folder with CleanRL and its virtual environment
     out: str = ""  # JSON file for the figures; with --growth a PNG of the same name is drawn beside it
     processes: bool = False  # instead: one process, two under torchrun, and two workers of --asynchronous
@@ -153,42 +153,37 @@ def timed(function: Callable, clock: dict[str, float], name: str) -> Callable:
     return call
 
 
-def run_ours(args: Args, compiled: bool, split: bool = False, onednn: bool = True) -> tuple[list, dict[str, float]]:
+def run_ours(args: Args, compiled: bool, split: bool = False) -> tuple[list, dict[str, float]]:
     """Stamps and memory in MiB after each iteration from the first update on; with `split`, where the seconds went."""
     import psutil
 
     script = importlib.import_module(args.script)
     flags = args.setting["ours"] | json.loads(args.flags)
     stamps, end_iteration, clock = [], script.Run.end_iteration, defaultdict(float)
-    if not onednn:
-        script.ONEDNN = False
 
     def end_and_stamp(self: Any, *more: Any) -> None:
         end_iteration(self, *more)
-        if "losses/grad_norm" in self.metrics:
+        if not self.pending and "losses/grad_norm" in self.metrics:  # a point of the curves was just logged
             stamps.append((*stamp(self.step), psutil.Process().memory_info().rss / 2**20))
         if len(stamps) < 2:
             clock.clear()
 
     script.Run.end_iteration = end_and_stamp
     if split:
-        agent_class = next(value for name, value in vars(script).items() if name.endswith("Agent"))
-        make_envs, policy = script.make_envs, agent_class.policy
+        init, in_numpy = script.Envs.__init__, script.Agent.in_numpy
 
-        def timed_envs(*more: Any) -> list:
-            envs = make_envs(*more)
-            for env in envs:
+        def timed_init(self: Any, *more: Any, **named: Any) -> None:
+            init(self, *more, **named)
+            for env in self.envs:
                 env.step, env.reset = (timed(function, clock, "environment") for function in (env.step, env.reset))
-            return envs
 
-        script.make_envs = timed_envs
-        agent_class.policy = lambda agent: timed(policy(agent), clock, "acting")
-        owner, name = (script.Collector, "collect") if hasattr(script, "Collector") else (script, "run_episodes")
-        if hasattr(owner, name):  # else each step is followed by an update
-            setattr(owner, name, timed(getattr(owner, name), clock, "rollout"))
+        script.Envs.__init__ = timed_init
+        script.Envs.step = timed(script.Envs.step, clock, "environment and bookkeeping")
+        script.Agent.in_numpy = lambda agent, **named: timed(in_numpy(agent, **named), clock, "acting")
     with tempfile.TemporaryDirectory() as directory:
-        defaults = {"checkpoint_every": 0, "eval_episodes": 0, "compile": compiled, "run_dir": directory}
         known = vars(script.Args(**flags))
+        defaults = {"checkpoint_every": 0, "eval_episodes": 0, "run_dir": directory}
+        defaults |= {"compile": True} if compiled else {}
         first = known["num_envs"] * known.get("num_steps", 1)
         first = known.get("learning_starts", 0) + known.get("log_interval", first)
         script.train(script.Args(env_id=args.env_id, total_timesteps=args.steps + first, **defaults, **flags))
@@ -243,21 +238,15 @@ def run_bare(args: Args, vector: bool) -> list:
 def race_ours(args: Args, seed: int) -> dict[str, float]:
     """Steps and seconds until our script, with the flags of the suite, is evaluated at the goal or better."""
     script = importlib.import_module(args.script)
-    clock, evaluate = peers.RaceClock(args.race), script.evaluate
+    clock, evaluate = peers.RaceClock(args.race), script.Run.evaluate
 
-    def timed_evaluate(agent: Any, *more: Any) -> tuple[float, float]:
+    def timed_evaluate(self: Any) -> None:
+        clock.step = self.step
         with clock.paused():
-            result = evaluate(agent, *more)
-        clock.check(result[0])
-        return result
+            evaluate(self)
+        clock.check(self.metrics["eval/episodic_return"])
 
-    end_iteration = script.Run.end_iteration
-
-    def end_and_count(self: Any, steps: int, *more: Any) -> None:
-        clock.step = self.step + steps
-        end_iteration(self, steps, *more)
-
-    script.evaluate, script.Run.end_iteration = timed_evaluate, end_and_count
+    script.Run.evaluate = timed_evaluate
     with tempfile.TemporaryDirectory() as directory, contextlib.suppress(peers.GoalReached):
         line = f"--env-id {args.env_id} --total-timesteps {args.steps} --run-dir {directory} --seed {seed} "
         line += f"--eval-every {args.steps // 100} --eval-episodes 10 {suite.FLAGS.get((args.script, args.env_id), '')}"
@@ -275,7 +264,6 @@ def work(args: Args) -> None:
     result = {
         "eager": lambda: run_ours(args, compiled=False)[0],
         "compiled": lambda: run_ours(args, compiled=True)[0],
-        "mkl": lambda: run_ours(args, compiled=True, onednn=False)[0],
         "two_threads": lambda: run_ours(dataclasses.replace(args, flags='{"num_threads": 2}'), compiled=False)[0],
         "split": lambda: run_ours(args, compiled=False, split=True),
         "split_compiled": lambda: run_ours(args, compiled=True, split=True),
@@ -334,9 +322,9 @@ def compare(args: Args) -> dict:
         if name in speeds:
             stamps, clock = measure(args, worker)
             total = stamps[-1][1] - stamps[0][1]
-            shares = {"update": total - clock.pop("rollout"), **clock} if "rollout" in clock else dict(clock)
-            rest = "rest of the rollout" if "update" in shares else "update and the rest"
-            shares[rest] = total - sum(shares.values())
+            shares = {"environment": clock["environment"], "acting": clock["acting"]}
+            shares["bookkeeping"] = clock["environment and bookkeeping"] - clock["environment"]
+            shares["update and the rest"] = total - sum(shares.values())
             table[name]["shares"] = {part: round(seconds / total, 3) for part, seconds in shares.items()}
             print(name, ", ".join(f"{part} {share:.0%}" for part, share in table[name]["shares"].items()))
     return table

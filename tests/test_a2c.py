@@ -1,17 +1,22 @@
-"""Proves that a2c.py takes the step that it says: as PPO restricted, over processes, and asynchronously.
+"""Proves that a2c.py takes the step that it says: alone, as PPO restricted, with workers, and under torchrun.
 
-What it shares with ppo.py (advantages, networks, rollouts) has the same text there, and is proved in test_ppo.py.
+Environments write down what happens. Whole runs are done again by a second road: loops, torch.distributions,
+one parameter after the other. A3C's worker runs in this process, where its lock is watched, and in its own.
 """
 
+import copy
+import json
+import multiprocessing
 import os
-import signal
+import queue
 import subprocess
 import sys
+import threading
 import time
-from itertools import pairwise
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,348 +24,440 @@ import pytest
 import torch
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
-from torch.distributions import Categorical, MultivariateNormal
+from torch.distributions import Categorical, Normal
 
 import a2c
 import ppo
 
-ROOT = Path(__file__).resolve().parent.parent
-DISCRETE, BOX = spaces.Discrete(3), spaces.Box(np.float32([-2, 0]), np.float32([6, 1]))
-BOTH = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["categorical", "gaussian"])
+SPACES = {"Gaussian": spaces.Box(-np.inf, np.inf, (1,)), "Categorical": spaces.Discrete(3)}
+NORMALIZE = {"normalize_obs": True, "normalize_advantages": True, "normalize_rewards": True}
 
 
-class Fragile(gym.Env):
-    """Ends its process, or raises, at its 1500th step; workers find it as test_a2c:Raises-v0 and test_a2c:Dies-v0."""
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
-    def __init__(self, how: str) -> None:
-        self.how, self.steps = how, 0
-        self.observation_space, self.action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+class Recorder(gym.Env):
+    """Writes into the file $RECORD who did what; $STRIKE (at which step, how) breaks one process, once."""
+
+    copies, hook = [], None  # of this process; what to do before a step
+
+    def __init__(self, kind):
+        self.observation_space, self.action_space = spaces.Box(-np.inf, np.inf, (2,)), SPACES[kind]
+        self.path, self.taken = os.environ.get("RECORD"), []
+        self.copies.append(self)
+
+    def write(self, *what):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps([os.getpid(), id(self), *what]) + "\n")
+
+    def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return np.zeros(2, np.float32), {}
+        self.write("reset", seed)
+        self.seed, parent = seed or self.seed, multiprocessing.parent_process()
+        while self.path and parent and parent.is_alive() and len({pid for pid, *_ in records(self.path)}) < 3:
+            time.sleep(0.01)  # so that no worker has done all before the other has begun
+        self.length, self.total, self.obs = 0, 0.0, self.np_random.normal(size=2).astype(np.float32)
+        return self.obs, {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.steps += 1
-        if self.steps == 1500:
-            if self.how == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("the environment broke")
-        return np.zeros(2, np.float32), 1.0, self.steps % 10 == 0, False, {}
+    def step(self, action):
+        if Recorder.hook:
+            Recorder.hook(self)
+        before, self.length = self.obs, self.length + 1
+        push, noise = float(np.tanh(np.sum(action) - 1)), self.np_random.normal(size=2)
+        self.obs = (0.6 * before + [push, 0.5] * noise + [1, 2]).astype(np.float32)
+        reward = float(5 * before[0] * push + noise[0])
+        ended, cut = bool(self.obs[1] > 5.5), self.length == 9
+        self.total += reward
+        self.taken.append((before, action, reward, self.obs, ended, cut))
+        self.write("step", before.tolist(), reward, ended or cut, self.total)
+        when, how = os.environ.get("STRIKE", "0 none").split()
+        if len(self.taken) == int(when) and os.environ.get("RANK", "1") == "1":
+            with suppress(FileExistsError), open(self.path + ".struck", "x"):
+                if how == "raise":
+                    raise RuntimeError("the environment broke")
+                os.kill(os.getpid(), int(how))
+        return self.obs, reward, ended, cut, {}
 
 
-for how in ("Raises", "Dies"):
-    gym.register(f"{how}-v0", "test_a2c:Fragile", kwargs={"how": how.lower()})
+for name in SPACES:
+    gym.register(f"{name}-v0", "test_a2c:Recorder", kwargs={"kind": name})
 
 
-def random_case(space: gym.Space) -> tuple[a2c.Agent, list[Tensor], dict[str, Any]]:
-    """An agent with parameters far from 0, a rollout of 5 steps in 3 environments, in float64, and flags."""
+def train(run_dir, module=a2c, **flags):
+    short = {"eval_episodes": 0, "checkpoint_every": 0, "num_envs": 4, "num_steps": 8, "hidden_size": 16}
+    short |= {"env_id": "test_a2c:Gaussian-v0", "run_dir": str(run_dir)} | flags
+    Recorder.copies.clear()
+    return module.train(module.Args(device="cpu", **short))
+
+
+def saved(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(*run_dirs, tolerance=0.0):
+    """Parameters, statistics of observations, rewards and the optimizer, and counts."""
+    one, two = ({**saved(x), "optimizer": saved(x)["optimizer"]["state"]} for x in run_dirs)
+    for part in ("agent", "return_norm", "optimizer", "step", "iteration"):
+        torch.testing.assert_close(one[part], two[part], rtol=tolerance, atol=tolerance)
+
+
+def taken(copies, start=0, stop=None):
+    """What these environments did: obs, actions, rewards, next_obs, terminated, cut, all (T, N, ...)."""
+    steps = zip(*(zip(*env.taken[start:stop], strict=True) for env in copies), strict=True)
+    return [torch.from_numpy(np.array(x)).transpose(0, 1) for x in steps]
+
+
+# -- the step of A2C -----------------------------------------------------------------------------------------
+
+
+def new_agent(kind, **flags):
+    envs = SimpleNamespace(obs_dim=2, action_dim=spaces.flatdim(SPACES[kind]), discrete=kind == "Categorical")
+    return a2c.Agent(envs, a2c.Args(**flags))
+
+
+def reference_loss(agent, obs, actions, advantages, returns, args):
+    """The loss, sample by sample, and what is logged of it."""
+    z = agent.actor(agent.obs_norm(obs))
+    pi = Categorical(logits=z) if agent.discrete else Normal(z[..., 0], agent.log_std.exp())
+    weighed = pi.log_prob(actions if agent.discrete else actions[..., 0]) * advantages
+    values = agent.critic(agent.obs_norm(obs)).flatten()
+    policy_loss, entropy = -sum(weighed.flatten()) / len(values), pi.entropy().mean()
+    value_loss = sum((v - g) ** 2 for v, g in zip(values, returns.flatten(), strict=True)) / len(values)
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, [policy_loss, value_loss, entropy]
+
+
+def reference_gradient(agent, obs, actions, rewards, next_obs, terminated, cut, args):
+    """Leaves in `agent` the clipped gradient of a rollout, by double loops; returns what was logged."""
+    values, next_values = (agent.critic(agent.obs_norm(x)).detach()[..., 0] for x in (obs, next_obs))
+    advantages, length = torch.zeros_like(values), len(values)
+    for t, i in reversed(list(np.ndindex(*values.shape))):
+        ahead = 0.0 if terminated[t, i] else args.gamma * next_values[t, i]
+        goes_on = t + 1 < length and not terminated[t, i] and not cut[t, i]
+        later = args.gamma * args.gae_lambda * advantages[t + 1, i] if goes_on else 0.0
+        advantages[t, i] = rewards[t, i] + ahead - values[t, i] + later
+    returns = advantages + values
+    explained = 1 - np.var(advantages.numpy()) / np.var(returns.numpy())
+    if args.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / advantages.numpy().std()
+    agent.zero_grad()
+    loss, metrics = reference_loss(agent, obs, actions, advantages, returns, args)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return [*(x.item() for x in (*metrics, norm)), explained]
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_loss_its_gradient_and_metrics(kind):
     torch.manual_seed(0)
-    env = SimpleNamespace(observation_space=spaces.Box(-1, 1, (3,)), action_space=space)
-    agent = a2c.Agent(env, 6, 0.0).double()
+    agent, args = new_agent(kind, hidden_size=8).double(), a2c.Args(vf_coef=0.3, ent_coef=0.2)
     for param in agent.parameters():
         param.data = 0.7 * torch.randn(param.shape, dtype=torch.float64)
-    obs, next_obs = torch.randn(2, 5, 3, 3).double()
-    actions = torch.randint(3, (5, 3)) if space is DISCRETE else torch.randn(5, 3, 2).double()
-    dones = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0]]).bool()
-    terminated = dones & torch.tensor([True, False, True])  # the second environment runs into time limits
-    rollout = [obs, next_obs, actions, 2 * torch.randn(5, 3).double() + 1, terminated, dones]
-    flags = {"gamma": 0.9, "gae_lambda": 0.8, "vf_coef": 0.3, "ent_coef": 0.2, "normalize_advantages": False}
-    return agent, rollout, flags
+    obs, (advantages, returns) = torch.randn(5, 3, 2).double(), 2 * torch.randn(2, 5, 3).double() + 1
+    actions = torch.randint(3, (5, 3)) if agent.discrete else torch.randn(5, 3, 1).double()
+    ours, theirs = (f(agent, obs, actions, advantages, returns, args) for f in (a2c.a2c_loss, reference_loss))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    grads = (torch.autograd.grad(loss, list(agent.parameters())) for loss, _ in (ours, theirs))
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    for wrong in ((advantages.unsqueeze(-1), returns), (advantages, returns[:1]), (advantages.T, returns.T)):
+        with pytest.raises(AssertionError):
+            a2c.a2c_loss(agent, obs, actions, *wrong, args)
 
 
-def state(run_dir: Path, *parts: str) -> list[Tensor]:
-    """The tensors of these parts of the checkpoint, in order."""
-    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    return [x for x in torch.utils._pytree.tree_leaves([saved[part] for part in parts]) if isinstance(x, Tensor)]
+PLAIN, ALL = {"normalize_rewards": False, "anneal_lr": False}, {"optimizer": "adam", **NORMALIZE}
 
 
-def train(module: Any, run_dir: Path, **flags: Any) -> dict[str, float]:
-    short = {"eval_episodes": 0, "checkpoint_every": 0, "device": "cpu", "num_envs": 4, "num_steps": 8}
-    return module.train(module.Args(**short | {"run_dir": str(run_dir)} | flags))
+@pytest.mark.parametrize(
+    ("kind", "more"), [("Gaussian", PLAIN), ("Gaussian", ALL), ("Categorical", NORMALIZE)], ids=str
+)
+def test_a_run_by_a_second_road(kind, more, tmp_path):
+    """Statistics come from the whole past, the noise from a generator that starts with the same seed."""
+    flags = {"total_timesteps": 320, "hidden_size": 16, "gamma": 0.9, "gae_lambda": 0.8, "ent_coef": 0.1} | more
+    logged = train(tmp_path, env_id=f"test_a2c:{kind}-v0", log_interval=1, **flags)
+    args, past, discounted, so_far = a2c.Args(**flags), [], [], np.zeros(4)
+    torch.manual_seed(args.seed)
+    agent = new_agent(kind, **flags)
+    optimizers = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+    optimizer = optimizers[args.optimizer](agent.parameters(), eps=1e-5)
+    for k in range(10):
+        obs, actions, rewards, next_obs, terminated, cut = taken(Recorder.copies[:4], 8 * k, 8 * k + 8)
+        noise, z = torch.from_numpy(agent.noise(8, 4)), agent.actor(agent.obs_norm(obs)).detach()
+        expected = (z + noise).argmax(-1) if agent.discrete else z + agent.log_std.detach().exp() * noise
+        torch.testing.assert_close(actions, expected.to(actions.dtype), rtol=1e-5, atol=1e-5)
+        for reward, done in zip(rewards.numpy(), (terminated | cut).numpy(), strict=True):
+            so_far = reward + args.gamma * so_far
+            discounted += [*so_far]
+            so_far = so_far * ~done
+        rewards /= np.sqrt(np.var(discounted) + 1e-8) if args.normalize_rewards else 1
+        metrics = reference_gradient(agent, obs, actions, rewards, next_obs, terminated, cut, args)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / 10 if args.anneal_lr else 1)
+        optimizer.step()
+        past += [*obs.reshape(-1, 2).double().numpy()]
+        if args.normalize_obs:
+            agent.obs_norm.mean.copy_(torch.from_numpy(np.mean(past, 0)))
+            agent.obs_norm.scale.copy_(torch.from_numpy(1 / np.sqrt(np.var(past, 0) + 1e-8)))
+    state = saved(tmp_path)
+    for name, x in [*agent.named_parameters(), *([] if agent.discrete else [("log_std", agent.log_std)])]:
+        torch.testing.assert_close(state["agent"][name], x.data, rtol=1e-4, atol=2e-5, msg=name)
+    ours = [logged[tag] for tag in (*a2c.METRICS, "charts/learning_rate")]
+    np.testing.assert_allclose(ours, [*metrics, optimizer.param_groups[0]["lr"]], rtol=1e-3, atol=1e-4)
+    assert state["optimizer"]["state"][0]["step"] == 10
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
-
-
-@BOTH
-@pytest.mark.parametrize("normalize_advantages", [False, True])
-def test_loss_sample_by_sample(space: gym.Space, normalize_advantages: bool):
-    agent, (obs, next_obs, actions, rewards, terminated, dones), flags = random_case(space)
-    flags |= {"normalize_advantages": normalize_advantages}
-    loss, metrics = a2c.a2c_loss(agent, obs, next_obs, actions, rewards, terminated, dones, **flags)
-    with torch.no_grad():
-        values, next_values = (agent.critic.net(x)[..., 0] for x in (obs, next_obs))
-    advantages = torch.zeros(5, 3).double()
-    for i in range(3):
-        later = 0.0
-        for t in reversed(range(5)):
-            td_error = rewards[t, i] - values[t, i] + (0.0 if terminated[t, i] else 0.9 * next_values[t, i])
-            later = advantages[t, i] = td_error + (0.0 if dones[t, i] else 0.9 * 0.8 * later)
-    returns, weights = advantages + values, advantages
-    if normalize_advantages:
-        weights = (advantages - advantages.numpy().mean()) / advantages.numpy().std()
-    out = agent.actor.net(obs)
-    pi = Categorical(logits=out) if space is DISCRETE else None
-    pi = pi or MultivariateNormal(out, torch.diag(agent.actor.log_std.exp().square()))
-    policy_loss = -sum((weights * pi.log_prob(actions)).flatten()) / 15
-    value_loss = sum((v - g) ** 2 for v, g in zip(agent.critic.net(obs).flatten(), returns.flatten(), strict=True)) / 15
-    expected = policy_loss + 0.3 * value_loss - 0.2 * pi.entropy().mean()
-    params = list(agent.parameters())
-    for ours, theirs in zip(*(torch.autograd.grad(x, params) for x in (loss, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7 if normalize_advantages else 1e-12)
-    torch.testing.assert_close(metrics["policy_loss"], policy_loss, rtol=0, atol=1e-7)
-    torch.testing.assert_close(metrics["value_loss"], value_loss)
-    torch.testing.assert_close(metrics["entropy"], pi.entropy().mean())
-    explained = 1 - np.var((returns - values).numpy()) / np.var(returns.numpy())
-    torch.testing.assert_close(metrics["explained_variance"].item(), explained, rtol=0, atol=1e-7)
-
-
-def test_each_part_of_the_loss_trains_its_own_network():
-    """That advantages and returns are constants is in the gradients of the test before."""
-    agent, rollout, flags = random_case(BOX)
-    names, params = zip(*agent.named_parameters(), strict=True)
-    for vf_coef, trained in ((0.0, "actor"), (1e9, "critic")):
-        loss, _ = a2c.a2c_loss(agent, *rollout, **flags | {"vf_coef": vf_coef, "ent_coef": 0.0})
-        for name, grad in zip(names, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
-            share = float(grad.abs().sum()) / max(vf_coef, 1.0)
-            assert (share > 1e-6) == name.startswith(trained), name
-
-
-# -- PPO with one epoch, one minibatch and no clipping -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
-def test_is_ppo_with_one_step_a_rollout(env_id: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Step for step over ten updates, normalisation of observations and rewards, annealing and all."""
-    flags = {
-        "env_id": env_id, "num_steps": 128, "total_timesteps": 5120, "learning_rate": 1e-3, "gae_lambda": 0.9,
-        "ent_coef": 0.01, "normalize_advantages": False, "normalize_obs": True, "normalize_rewards": True,
-    }  # fmt: skip
-    ours = train(a2c, tmp_path / "a2c", optimizer=optimizer, **flags)
-    monkeypatch.setattr(torch, "randperm", torch.arange)  # the order in a minibatch of all does not matter: no draw
+def test_is_ppo_with_one_step_a_rollout(optimizer, tmp_path, monkeypatch):
+    flags = {"total_timesteps": 320, "learning_rate": 1e-3, "gae_lambda": 0.9, "ent_coef": 0.01}
+    flags |= NORMALIZE | {"normalize_advantages": False}
+    ours = train(tmp_path / "a2c", optimizer=optimizer, log_interval=1, **flags)
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # a shuffle of all changes nothing, but would draw
     if optimizer == "rmsprop":
-        monkeypatch.setattr(torch.optim, "Adam", lambda params, fused, **more: torch.optim.RMSprop(params, **more))
-    theirs = train(ppo, tmp_path / "ppo", update_epochs=1, num_minibatches=1, clip_coef=1e9, **flags)
-    for a, b in zip(*(state(tmp_path / name, "agent", "return_norm") for name in ("a2c", "ppo")), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    for tag in ("losses/value_loss", "losses/entropy", "losses/grad_norm", "charts/learning_rate"):
+        rmsprop = torch.optim.RMSprop
+        monkeypatch.setattr(torch.optim, "Adam", lambda params, fused, **more: rmsprop(params, **more))
+    theirs = train(tmp_path / "ppo", ppo, update_epochs=1, num_minibatches=1, clip_coef=1e9, **flags)
+    assert_same(tmp_path / "a2c", tmp_path / "ppo", tolerance=1e-5)
+    for tag in ("losses/value_loss", "losses/entropy", "losses/grad_norm", "losses/explained_variance"):
         assert ours[tag] == pytest.approx(theirs[tag], rel=1e-3)
-    moved = state(tmp_path / "a2c", "agent")[-1] - a2c.Agent(a2c.make_envs(env_id, 1)[0], 64, 0.0).critic.net[4].bias
-    assert moved.abs().max() > 1e-3
 
 
-def test_short_rollouts_share_a_point_in_the_log(tmp_path: Path):
-    """4 environments x 8 steps: 16 updates are an iteration; its metrics are means, its episodes where they ended."""
-    points = []
-
-    class Spy(a2c.Run):
-        def end_iteration(self, steps: int, ended: list, metrics: dict[str, float]) -> None:
-            points.append((self.step, steps, ended))
-            super().end_iteration(steps, ended, metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(a2c, "Run", Spy)
-        train(a2c, tmp_path / "run", total_timesteps=2048)
-    assert [(step, steps) for step, steps, _ in points] == [(k, 512) for k in (0, 512, 1024, 1536)]
-    ended = [step + offset for step, _, episodes in points for offset, _, _ in episodes]
-    assert all(a < b for a, b in pairwise(ended))
-    lengths = sum(length for _, _, episodes in points for _, _, length in episodes)
-    assert 1024 < lengths <= 2048
-    assert state(tmp_path / "run", "optimizer")[0].item() in (64, 0)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_run_is_the_eager_one(tmp_path):
+    for name in ("eager", "compiled"):
+        train(tmp_path / name, compile=name == "compiled", total_timesteps=96, **NORMALIZE)
+    assert_same(tmp_path / "eager", tmp_path / "compiled", tolerance=1e-5)
 
 
-def test_a_graph_updates_the_statistics():
-    """PyTorch 2.13 forgets what a graph writes into a float64 without dimensions: there must be none."""
-    torch.manual_seed(0)
-    eager, compiled = a2c.RunningNorm(1), a2c.RunningNorm(1)
-    update = torch.compile(compiled.update, backend="aot_eager", fullgraph=True)
-    for _ in range(2):
-        x = torch.randn(5, 3)
-        eager.update(x)
-        update(x)
-    assert eager.count == 30
-    for name, buffer in eager.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], buffer, msg=name)
+# -- A3C in this process -------------------------------------------------------------------------------------
 
 
-# -- several processes -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def here(monkeypatch):
+    """Makes the workers run in this process, one after the other, each until it raises InterruptedError."""
 
-FAILS_ON_RANK_1 = """
-import os, sys
-sys.path[:0] = sys.argv[1:3]
-import a2c
-collect = a2c.Collector.collect
-def broken(self, agent, num_steps, step):
-    if os.environ["RANK"] == "1" and step >= 256:
-        raise RuntimeError("rank 1 broke")
-    return collect(self, agent, num_steps, step)
-a2c.Collector.collect = broken
-a2c.train(a2c.Args(run_dir=sys.argv[3], total_timesteps=100_000))
-"""
+    def spawn(function, given, count, join):
+        for name, kind in ("agent", a2c.Agent), ("optimizer", torch.optim.Optimizer), ("norm", a2c.RunningNorm):
+            setattr(fakes, name, next(x for x in given if isinstance(x, kind)))
+        fakes.prepare()
+        for k in range(count):
+            with suppress(InterruptedError):
+                function(k, *given)
+        return SimpleNamespace(processes=[], join=lambda *_, **__: True)
 
-STOPS_RANK_1 = """
-import os, signal, sys
-sys.path.insert(0, os.getcwd())
-import a2c
-collect = a2c.Collector.collect
-def struck(self, agent, num_steps, step):
-    if os.environ["RANK"] == "1" and step == int(os.environ["STRIKE"]):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return collect(self, agent, num_steps, step)
-a2c.Collector.collect = struck
-a2c.train(a2c.tyro.cli(a2c.Args))
-"""
+    def lock():
+        fakes.lock = threading.Lock()
+        return fakes.lock
+
+    fakes = SimpleNamespace(prepare=lambda: None)
+    context = SimpleNamespace(Lock=lock, Queue=queue.Queue, Value=lambda _, x: SimpleNamespace(value=x))
+    parent = SimpleNamespace(is_alive=lambda: True, join=threading.Event().wait)
+    fake = {"get_context": lambda _: context, "parent_process": lambda: parent, "spawn": spawn}
+    for name, function in fake.items():
+        monkeypatch.setattr(a2c.multiprocessing, name, function)
+    yield fakes
+    Recorder.hook = None
 
 
-def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The points that two processes have in common with one: all but those of the clock."""
-    found = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = set(found.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+def interrupt_after(steps):
+    def hook(env):
+        if len(env.taken) == steps:
+            raise InterruptedError
+
+    Recorder.hook = hook
 
 
-def command(*words: str, processes: int = 0, timeout: int = 240) -> subprocess.CompletedProcess:
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environ |= {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    line = [sys.executable, *run, *words]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environ)
+def test_a_worker_computes_at_its_copy_and_changes_what_is_shared_under_the_lock(here, tmp_path, monkeypatch):
+    """In its first rollout others may change θ and the statistics: its gradient does not know, its step does."""
+    calls, first, update = Counter(), {}, a2c.RunningNorm.update
+
+    def guard(owner, name, shared=lambda *_: True):
+        function = getattr(owner, name)
+
+        def spy(*given):
+            assert here.lock.locked() or not shared(*given), name
+            calls[name] += shared(*given)
+            (theta,) = here.optimizer.param_groups[0]["params"]
+            before, result = theta.clone(), function(*given)
+            if name == "step":
+                first.setdefault(disturbed, [theta.grad.clone(), before, theta - before])
+            return result
+
+        monkeypatch.setattr(owner, name, spy)
+
+    def prepare():
+        update(here.agent.obs_norm, torch.randn(50, 2))
+        guard(here.agent, "state_dict")
+        guard(here.optimizer, "step")
+
+    def others(env):
+        assert not here.lock.locked()
+        if disturbed and len(env.taken) == 5 and env is Recorder.copies[7]:
+            (theta,) = here.optimizer.param_groups[0]["params"]
+            theta.data += torch.linspace(-1, 1, len(theta))
+            update(here.agent.obs_norm, torch.full((7, 2), 3.0))
+
+    here.prepare, Recorder.hook = prepare, others
+    guard(a2c.RunningNorm, "update", lambda norm, _: norm is here.norm or norm is here.agent.obs_norm)
+    guard(a2c.Run, "save")
+    flags = {"asynchronous": True, "num_workers": 1, "total_timesteps": 320, "checkpoint_every": 32}
+    for disturbed in (False, True):
+        train(tmp_path / str(disturbed), log_interval=1, **flags, **NORMALIZE)
+        assert here.agent.obs_norm.count[0] == 50 + 320 + 7 * disturbed
+    assert calls == {"state_dict": 2 * (10 + 2), "step": 2 * 10, "update": 2 * 20, "save": 2 * 2}
+    for x, y, change in zip(*first.values(), (0, torch.linspace(-1, 1, len(first[True][0])), 0), strict=True):
+        torch.testing.assert_close(y, x + change, rtol=0, atol=1e-6 * (x is not first[False][0]))
+    assert first[True][2].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("script", "steps"), [("a2c", 5120), ("ppo", 1024)])
-def test_two_processes_with_half_of_the_environments_are_one_with_all(
-    script: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The same statistics, curves, and, but for the order of sums, parameters. PPO: before its shuffles draw apart.
-
-    A2C: although all episodes restart after the second iteration, and both processes were stopped after the fourth.
-    """
-    more = "" if script == "a2c" else "--update-epochs 1 --num-minibatches 1 --no-normalize-advantages"
-    line = f"{script}.py --env-id Pendulum-v1 --num-envs 4 --num-steps 256 --total-timesteps {steps} --eval-episodes 1 "
-    line += f"--normalize-obs --normalize-rewards --learning-rate 1e-4 --device cpu {more}"
-    line += " --checkpoint-every 2048 --resume"
-    if script == "a2c":
-        (tmp_path / "driver.py").write_text(STOPS_RANK_1)
-        words = (str(tmp_path / "driver.py"), *line.split()[1:], "--run-dir", str(tmp_path / "two"))
-        monkeypatch.setenv("STRIKE", "3072")
-        assert command(*words, processes=2).returncode != 0
-        assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"] == 4096
-    for name, processes in (("one", 0), ("two", 2)):
-        done = command(*line.split(), "--run-dir", str(tmp_path / name), processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("evaluated return") == 1  # one process speaks for all
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
-    assert one["step"] == two["step"] == steps
-    for part in ("agent", "return_norm"):
-        for name, x in one[part].items():
-            torch.testing.assert_close(x, two[part][name], rtol=1e-4, atol=1e-5, msg=name)
-    assert one["agent"]["obs_norm.count"] == two["agent"]["obs_norm.count"] == steps
-    one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for tag in one.keys() - ({"losses/explained_variance"} if script == "a2c" else set()):
-        points = one[tag]
-        np.testing.assert_allclose(two[tag], points, rtol=1e-3, atol=1e-3, err_msg=tag)
+@pytest.mark.parametrize("real", [False, True], ids=["here", "process"])
+def test_one_worker_is_the_synchronous_run(real, tmp_path, request):
+    flags = {"optimizer": "rmsprop" if real else "adam", "total_timesteps": 320, **NORMALIZE}
+    train(tmp_path / "synchronous", **flags)
+    real or request.getfixturevalue("here")
+    train(tmp_path / "asynchronous", asynchronous=True, num_workers=1, **flags)
+    assert_same(tmp_path / "synchronous", tmp_path / "asynchronous")
 
 
-def test_a_signal_to_the_second_process_stops_both_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "driver.py").write_text(STOPS_RANK_1)
-    monkeypatch.setenv("STRIKE", "0")
-    words = str(tmp_path / "driver.py"), "--num-envs", "4", "--num-steps", "256", "--run-dir", str(tmp_path / "run")
-    assert command(*words, "--device", "cpu", "--checkpoint-every", "0", processes=2).returncode != 0
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1024
+def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path, monkeypatch):
+    noise, drawn, seeds = a2c.Agent.noise, [], []
+    interrupt_after(8)
+    monkeypatch.setattr(a2c.Agent, "noise", lambda *given: drawn.append(noise(*given)) or drawn[-1])
+    for seed, resume, step in ((1, False, 64), (1, True, 128), (2, False, 64)):
+        train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume)
+        assert saved(tmp_path / str(seed))["step"] == step
+        assert saved(tmp_path / str(seed))["optimizer"]["state"][0]["step"] == step / 32
+        seeds += [env.seed for env in Recorder.copies[4:12]]
+    assert len(set(seeds)) == 3 * 2 * 4
+    assert np.shape(drawn) == (3 * 2 * 2, 8, 4, 1)  # the second rollout was interrupted
+    assert len(np.unique(drawn)) > 0.99 * np.size(drawn)
 
 
-def test_a_process_that_fails_ends_all(tmp_path: Path):
-    (tmp_path / "driver.py").write_text(FAILS_ON_RANK_1)
-    paths = str(ROOT), str(Path(__file__).parent), str(tmp_path / "run")
-    done = command(str(tmp_path / "driver.py"), *paths, processes=2, timeout=120)
-    assert done.returncode != 0
-    assert "rank 1 broke" in done.stderr
+# -- several processes ---------------------------------------------------------------------------------------
+
+TWO = {"asynchronous": True, "num_workers": 2, "num_envs": 2, "num_steps": 2, **NORMALIZE}
 
 
-def test_environments_must_be_divisible_among_processes(tmp_path: Path):
-    done = command("a2c.py", "--num-envs", "3", "--run-dir", str(tmp_path / "run"), processes=2)
-    assert done.returncode != 0
-    assert "--num-envs 3 cannot be divided among 2 processes" in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-# -- asynchronous ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
-def test_one_worker_is_the_synchronous_run(optimizer: str, tmp_path: Path):
-    """Bit for bit: parameters, statistics of optimiser, observations and rewards."""
-    flags = {"env_id": "Pendulum-v1", "total_timesteps": 1280, "normalize_obs": True, "normalize_rewards": True}
-    flags |= {"optimizer": optimizer}
-    train(a2c, tmp_path / "synchronous", **flags)
-    train(a2c, tmp_path / "asynchronous", asynchronous=True, num_workers=1, **flags)
-    parts = "agent", "optimizer", "return_norm"
-    one, other = (state(tmp_path / name, *parts) for name in ("synchronous", "asynchronous"))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
-def test_workers_share_parameters_and_optimizer(optimizer: str, tmp_path: Path):
-    """Not one update of three workers is lost: the shared count of steps, and the shared moments, have all of them."""
-    flags = {"optimizer": optimizer, "total_timesteps": 3000, "asynchronous": True, "num_workers": 3, "num_envs": 1}
-    train(a2c, tmp_path / "run", normalize_obs=True, **flags)
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert 3000 <= saved["step"] < 3000 + 3 * 512
-    assert saved["optimizer"]["state"][0]["step"] == saved["step"] / 8
-    assert saved["agent"]["obs_norm.count"] == saved["step"]
-
-
-@pytest.mark.parametrize("env_id", ["Raises-v0", "Dies-v0"])
-def test_a_worker_that_fails_ends_the_run(env_id: str, tmp_path: Path):
-    run_dir, start = tmp_path / "run", time.perf_counter()
-    words = f"--env-id test_a2c:{env_id} --asynchronous --num-workers 2 --num-envs 1 --checkpoint-every 128 --run-dir"
-    done = command("a2c.py", *words.split(), str(run_dir), timeout=120)
-    assert done.returncode == 1
-    assert "a worker ended with status" in done.stderr
-    assert ("the environment broke" in done.stderr) == (env_id == "Raises-v0")
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] >= 128
-    assert time.perf_counter() - start < 100
-
-
-def test_asynchronous_run_is_stopped_and_resumed(tmp_path: Path):
-    """Ctrl-C goes to all processes of a terminal: the workers leave it to the main one, which saves, and ends them."""
-    words = f"a2c.py --asynchronous --num-envs 1 --total-timesteps 6000 --run-dir {tmp_path / 'run'} --resume".split()
-    line = [sys.executable, *words, "--eval-episodes", "1"]
+def start(flags, *words, cwd, **environ):
+    flags = {"hidden_size": 16, "env_id": "test_a2c:Gaussian-v0", "device": "cpu", "eval_episodes": 0} | flags
+    line = [sys.executable, *words, a2c.__file__]
+    for name, value in flags.items():
+        line += [f"--{name}".replace("_", "-"), *[str(value)] * (value is not True)]
+    environ |= {"PYTHONPATH": f"{Path(__file__).parent}:{Path(a2c.__file__).parent}", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, cwd=ROOT, start_new_session=True, **pipes) as child:
-        while "steps/s" not in child.stdout.readline():
-            pass
-        os.killpg(child.pid, signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert err.count("\n") == 1
-    assert "--resume" in err
+    return subprocess.Popen(line, cwd=cwd, env=os.environ | environ, **pipes)
+
+
+def assert_gone(record):
+    """No process that wrote into this file is there any more, but this one."""
+    pids = {pid for pid, *_ in records(record)} - {os.getpid()}
     for _ in range(100):
-        try:
-            os.killpg(child.pid, 0)  # is there a worker left?
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
+        pids = {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+        time.sleep(0.05 * bool(pids))
+    assert not pids
+
+
+def test_two_workers_lose_nothing(tmp_path, monkeypatch):
+    """Counts and statistics are those of all that their environments did; each episode is logged once."""
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    train(tmp_path / "run", total_timesteps=2000, log_interval=1, **TWO)
+    state, found = saved(tmp_path / "run"), [x for x in records(tmp_path / "record") if x[0] != os.getpid()]
+    steps, seeds = [x for x in found if x[2] == "step"], [x[3] for x in found if x[2] == "reset" and x[3]]
+    assert len({pid for pid, *_ in steps}) == 2
+    assert len(set(seeds)) == len(seeds) == 4
+    assert state["step"] == len(steps) in (2000, 2004)
+    assert state["iteration"] == state["optimizer"]["state"][0]["step"] == state["step"] / 4
+    assert state["agent"]["obs_norm.count"][0] == state["return_norm"]["count"] == state["step"]
+    np.testing.assert_allclose(state["agent"]["obs_norm.mean64"], np.mean([x[3] for x in steps], 0))
+    np.testing.assert_allclose(state["agent"]["obs_norm.var"], np.var([x[3] for x in steps], 0))
+    so_far, discounted = Counter(), []
+    for pid, env, _, _, reward, done, _ in steps:
+        discounted.append(reward + 0.99 * so_far[pid, env])
+        so_far[pid, env] = discounted[-1] * (not done)
+    np.testing.assert_allclose(state["return_norm"]["var"], np.var(discounted), rtol=1e-5)
+    curves = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    points = curves.Scalars("charts/episodic_return")
+    returns = sorted(x[6] for x in steps if x[5])
+    np.testing.assert_allclose(sorted(x.value for x in points), returns, rtol=1e-5)
+    assert [x.step for x in points] == sorted(x.step for x in points)
+    rates = [x.value for x in curves.Scalars("charts/learning_rate")]
+    assert 0.99 < rates[0] / 2e-3 < 1.0001
+    assert 0 < min(rates) / 2e-3 < 0.02
+
+
+@pytest.mark.parametrize("how", ["raise", "9"])
+def test_a_worker_that_fails_or_dies_ends_the_run(how, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    monkeypatch.setenv("STRIKE", f"50 {how}")
+    begin, error = time.monotonic(), a2c.multiprocessing.ProcessRaisedException
+    with pytest.raises(error if how == "raise" else SystemExit) as caught:
+        train(tmp_path / "run", total_timesteps=10**6, checkpoint_every=100, log_interval=1, **TWO)
+    assert time.monotonic() - begin < 30
+    if how == "raise":
+        assert "RuntimeError: the environment broke" in str(caught.value)
     else:
-        pytest.fail("a process of the run is left")
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < step < 6000
-    done = command(*line[1:])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"from step {step:,}" in done.stdout
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 6000
-    again = command(*line[1:])  # a finished run has nothing left to do
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+        assert caught.value.code == 1
+        assert "a2c: a worker of A3C ended" in capsys.readouterr().err
+    assert_gone(tmp_path / "record")
+    assert saved(tmp_path / "run")["step"] >= 100  # what was saved before is there
 
 
-# -- learning ----------------------------------------------------------------------------------------------------------
+def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path, here):
+    """And the run goes on from there."""
+    flags, record = TWO | {"total_timesteps": 10**6, "resume": True, "checkpoint_every": 0}, tmp_path / "record"
+    flags["run_dir"] = str(tmp_path / "run")
+    with start(flags, cwd=tmp_path, RECORD=str(record)) as child:
+        while not record.exists() or len(records(record)) < 1000:
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.terminate()
+        _, err = child.communicate(timeout=30)
+    state = saved(tmp_path / "run")
+    assert child.returncode == 143
+    assert err.startswith(f"a2c: stopped at step {state['step']:,}; add --run-dir {flags['run_dir']} --resume")
+    assert err.count("\n") == 1
+    assert_gone(record)
+    counts = 4 * state["optimizer"]["state"][0]["step"], state["agent"]["obs_norm.count"][0]
+    assert 0 < state["step"] == counts[0] == counts[1]
+    assert state["step"] <= state["return_norm"]["count"] <= state["step"] + 2 * 4
+    interrupt_after(2)
+    resumed = {}
+    here.prepare = lambda: resumed.update(copy.deepcopy(here.agent.state_dict()))
+    train(**flags)
+    torch.testing.assert_close(resumed, dict(state["agent"]), rtol=0, atol=0)
+    assert saved(tmp_path / "run")["step"] == state["step"] + 2 * 4
 
 
-def test_learns_cartpole(tmp_path: Path):
-    result = train(a2c, tmp_path / "run", num_envs=8, num_steps=5, total_timesteps=30_000, eval_episodes=10)
-    assert result["eval/episodic_return"] > 100  # about 10 to 30 without learning
+def test_torchrun_is_the_single_process(tmp_path):
+    """To rounding, although all stopped in the third of eight iterations: the second process got a signal."""
+    flags = {"num_envs": 4, "num_steps": 8, "total_timesteps": 256, "checkpoint_every": 96, "log_interval": 1, **ALL}
+    environ = {"RECORD": str(tmp_path / "record"), "STRIKE": "20 15", "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    with start(flags, *torchrun, cwd=tmp_path, **environ) as child:
+        out, err = child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert out.count("from step 0") == 1
+    (run_dir,) = (tmp_path / "runs/test_a2c:Gaussian-v0/a2c").iterdir()
+    assert f"a2c: stopped at step 96; add --run-dir {run_dir.relative_to(tmp_path)}" in err
+    assert saved(run_dir)["step"] == 96
+    with start(flags | {"run_dir": run_dir, "resume": True}, *torchrun, cwd=tmp_path, **environ) as child:
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    assert out.count("from step 96") == out.count("step 256") == 1
+    train(tmp_path / "single", **flags)
+    assert_same(tmp_path / "single", run_dir, tolerance=1e-5)
+    assert_gone(tmp_path / "record")
+    assert {path.parent for path in tmp_path.rglob("checkpoint.pt")} == {tmp_path / "single", run_dir}
+
+
+@pytest.mark.parametrize("flags", [{"num_envs": 3}, {"asynchronous": True}])
+def test_torchrun_refuses_what_it_cannot_share(flags, tmp_path, monkeypatch, capsys):
+    fakes = {"is_torchelastic_launched": True, "init_process_group": None, "get_rank": 0, "get_world_size": 2}
+    for name, value in fakes.items():
+        monkeypatch.setattr(a2c.dist, name, lambda value=value: value)
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "run", **flags)
+    assert caught.value.code == 2
+    assert "torchrun needs a --num-envs that 2 divides" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

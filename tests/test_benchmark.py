@@ -17,6 +17,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,7 +288,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, sweep: Callable) -> None:
     assert all(start == "60,416" for start in starts[1:])  # only to find that nothing is left
     for script in ("a2c", "ppo"):
         found = json.loads((tmp_path / "results" / "CartPole-v1" / script / "seed1.json").read_text())
-        assert len(found["evaluations"]) == 20
+        assert len(found["evaluations"]) in (19, 20)  # the signal ends an evaluation that is under way
     assert (tmp_path / "results" / "report.md").exists()
 
 
@@ -484,10 +485,10 @@ def test_play_of_each_script_is_its_own_evaluation(script: str, tmp_path: Path) 
     module = importlib.import_module(script)
     flags = {"env_id": env, "total_timesteps": 300, "eval_episodes": 3, "run_dir": str(tmp_path / "run")}
     last = module.train(module.Args(**flags))
-    returns, arrays, *_ = play.play(play.Args(str(tmp_path / "run"), episodes=3))
+    returns, recorder = play.play(play.Args(str(tmp_path / "run"), episodes=3))
     assert np.mean(returns) == pytest.approx(last["eval/episodic_return"])
-    assert sum(arrays["rewards"]) == pytest.approx(sum(returns))
-    assert sum(arrays["ends"]) == 3
+    assert sum(recorder.arrays["rewards"]) == pytest.approx(sum(returns))
+    assert sum(recorder.arrays["ends"]) == 3
 
 
 def test_play_makes_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,21 +521,25 @@ def test_play_of_no_checkpoint(
     assert message.count("\n") == 1
 
 
-def test_peers_are_evaluated_as_scripts_are() -> None:
+def test_peers_are_evaluated_as_scripts_are(tmp_path: Path) -> None:
     """The same policy has the same return and length in both."""
     import ppo
 
-    env = ppo.make_envs("CartPole-v1", 1)[0]
     torch.manual_seed(3)
-    agent = ppo.Agent(env, 64, 0.0)
-    agent.actor.net[-1].weight.data *= 100
-    act = agent.policy()
-    model = SimpleNamespace(
-        get_vec_normalize_env=lambda: None, predict=lambda obs, deterministic: (act(obs, 0.0), None)
-    )
-    theirs = peers.evaluate(model, "CartPole-v1", seed=5, episodes=7)
-    assert theirs == pytest.approx(ppo.evaluate(agent, env, seed=5, episodes=7))
-    assert theirs != pytest.approx(ppo.evaluate(agent, env, seed=6, episodes=7))
+    evaluations = []
+    for seed in (5, 6):
+        args = ppo.Args(total_timesteps=64, num_envs=1, seed=seed, eval_episodes=7, run_dir=str(tmp_path / f"{seed}"))
+        result = ppo.train(args)
+        evaluations.append((result["eval/episodic_return"], result["eval/episodic_length"]))
+        with ExitStack() as stack:
+            agent = ppo.Agent(ppo.Envs(stack, args, 1), args)
+        agent.load_state_dict(torch.load(tmp_path / f"{seed}" / "checkpoint.pt", weights_only=True)["agent"])
+        act = agent.in_numpy()
+        model = SimpleNamespace(
+            get_vec_normalize_env=lambda: None, predict=lambda obs, deterministic, act=act: (act(obs, 0), None)
+        )
+        assert peers.evaluate(model, "CartPole-v1", seed=seed, episodes=7) == pytest.approx(evaluations[-1])
+    assert evaluations[0] != pytest.approx(evaluations[1])
 
 
 @pytest.mark.parametrize("script", suite.PEERS)
@@ -559,8 +564,9 @@ def test_speed_is_that_of_steps_with_updates(script: str, env: str, first: int) 
     assert stamps[0][0] == first
     assert 0 <= stamps[-1][0] - stamps[0][0] - 2048 < 1024
     seconds = stamps[-1][1] - stamps[0][1]
-    assert clock.keys() == ({"environment"} if script == "ddpg" else {"environment", "acting", "rollout"})
-    assert 0 < clock["environment"] + clock.get("acting", 0) < clock.get("rollout", seconds) <= seconds
+    assert clock.keys() == {"environment", "environment and bookkeeping", "acting"}
+    assert 0 < clock["environment"] < clock["environment and bookkeeping"]
+    assert 0 < clock["environment and bookkeeping"] + clock["acting"] < seconds
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # so does the zoo for InvertedPendulum
