@@ -350,13 +350,13 @@ def train_asynchronously(args, run, envs, agent, return_norm, optimizer):
         optimizer.step()
         for statistic in optimizer.state[theta].values():
             statistic.zero_()
-    seeds = np.random.SeedSequence((args.seed, 2, run.iteration)).generate_state(args.num_workers)
+    seeds = np.random.SeedSequence((args.seed, 2, run.step)).generate_state(args.num_workers)
     rng = [torch.Generator().manual_seed(int(seed)).get_state() for seed in seeds]
-    if run.iteration == 0:
+    if run.step == 0:
         rng[0] = torch.get_rng_state()  # a single worker does what the synchronous run does
     spawn = multiprocessing.get_context("spawn")
     steps_taken, lock, reports = spawn.Value("q", run.step), spawn.Lock(), spawn.Queue()
-    stream = args.seed, 0, run.iteration
+    stream = args.seed, 0, run.step
     given = (args, stream, rng, agent, return_norm, optimizer, steps_taken, lock, reports)
     workers = multiprocessing.spawn(work, given, args.num_workers, join=False)
     for process in workers.processes:
