@@ -328,8 +328,12 @@ def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path
     with pytest.raises(SystemExit, match=r"^143$"):
         train(tmp_path / "3", asynchronous=True, num_workers=2, seed=3)
     assert saved(tmp_path / "3")["step"] == 64
-    assert len(set(seeds)) == 3 * 2 * 4
-    assert np.shape(drawn) == (4 * 2 * 2, 8, 4, 1)  # the second rollout was interrupted
+    seeds += [env.seed for env in Recorder.copies[4:12]]
+    here.prepare = lambda: None
+    train(tmp_path / "3", asynchronous=True, num_workers=2, seed=3, resume=True)
+    seeds += [env.seed for env in Recorder.copies[4:12]]
+    assert len(set(seeds)) == 5 * 2 * 4
+    assert np.shape(drawn) == (5 * 2 * 2, 8, 4, 1)  # the second rollout was interrupted
     assert len(np.unique(drawn)) > 0.99 * np.size(drawn)
 
 
@@ -380,7 +384,7 @@ def test_a_worker_that_fails_or_dies_ends_the_run(how, tmp_path, monkeypatch, ca
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("STRIKE", f"50 {how}")
     raised = a2c.multiprocessing.ProcessRaisedException, "the environment broke"
-    error, words = raised if how == "raise" else (SystemExit, "^1$")
+    error, words = raised if how == "raise" else (SystemExit, r"^1$")
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the run does not end"))
     signal.alarm(30)
     with pytest.raises(error, match=words):
