@@ -13,10 +13,10 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         6. update the observation statistics, log, evaluate, save
 
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
-same step. A3C (--asynchronous) has K workers with N environments each. A worker acts with a copy θ' of the
-shared θ, and applies its gradient to θ as soon as it has one; meanwhile others may have moved θ. Who comes
-first is up to the machine: runs with several workers are never the same, and a resumed one goes on correctly,
-but not bit for bit.
+same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
+each. A worker acts with a copy θ' of the shared θ, and applies its gradient to θ as soon as it has one;
+meanwhile others may have moved θ. Who comes first is up to the machine: runs with several workers are never
+the same, and a resumed one goes on correctly, but not bit for bit.
 
 Beyond the paper: the losses are means, not sums; λ; rewards are normalised by default (V near 100 would take
 all of the clipped gradient's norm), observations and advantages can be; a time limit cuts an advantage, but
@@ -44,6 +44,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import gymnasium as gym
@@ -273,9 +274,8 @@ def train(args: Args) -> dict[str, float]:
 
             # 5. one step on the whole batch
             grad, metrics = gradient(obs, actions, advantages, returns)
-            if processes > 1:
-                dist.all_reduce(grad)
-                grad /= processes
+            if processes > 1:  # the mean of their gradients
+                dist.all_reduce(grad.div_(processes))
             grad_norm = grad.norm()
             flat.grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
             optimizer.step()
@@ -286,27 +286,27 @@ def train(args: Args) -> dict[str, float]:
             metrics = [*metrics.clone(), grad_norm, explained]
             run.end_iteration(dict(zip(METRICS, metrics, strict=True)), learning_rate, args.log_interval)
             if processes > 1:  # they stop together
-                stop = torch.tensor(run.signal, device=device)
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-                run.signal = int(stop)
-        return run.finish()
+                run.signal = int(gather(torch.full((1, 1), run.signal, device=device)).max())
+        return run.metrics if rank else run.finish()
 
 
-def work(k, args, stream, rng, shared, return_norm, optimizer, steps_taken, lock, reports):
+def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, reports):
     """Worker k of A3C (Algorithm S3): acts with a copy θ' of the shared θ, and applies its gradients to θ."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # the main process hears them
+        signal.signal(signum, signal.SIG_IGN)  # the main process hears them; if it dies, so does this one
+    Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(args.num_threads)
     (theta,) = optimizer.param_groups[0]["params"]
     with ExitStack() as stack:
         envs = Envs(stack, args, args.num_envs, first=k * args.num_envs)
-        envs.reset(*stream)
+        envs.reset(args.seed, 0, start)
+        torch.manual_seed(args.seed)
         agent = Agent(envs, args)
-        torch.set_rng_state(rng[k])
-        while steps_taken.value < args.total_timesteps and multiprocessing.parent_process().is_alive():
-            left = 1 - args.anneal_lr * steps_taken.value / args.total_timesteps
-            learning_rate = left * args.learning_rate
+        if k or start:  # not worker 0, which begins as the synchronous run does
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, 2, start, k)).generate_state(1)[0]))
+        while steps_taken < args.total_timesteps:
             with lock:
+                left = 1 - args.anneal_lr * steps_taken.item() / args.total_timesteps
                 agent.load_state_dict(shared.state_dict())  # θ' ← θ
             act, steps = agent.in_numpy(), []
             for noise in agent.noise(args.num_steps, args.num_envs):
@@ -332,13 +332,14 @@ def work(k, args, stream, rng, shared, return_norm, optimizer, steps_taken, lock
             grad = parameters_to_vector(torch.autograd.grad(loss, list(agent.parameters())))
             grad_norm = grad.norm()
             with lock:
-                optimizer.param_groups[0]["lr"] = learning_rate
+                optimizer.param_groups[0]["lr"] = args.learning_rate * left
                 theta.grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 optimizer.step()
                 if args.normalize_obs:
                     shared.obs_norm.update(obs)
-                steps_taken.value += args.num_steps * args.num_envs
-            reports.put((envs.ended, [x.item() for x in (*metrics, grad_norm, explained)], learning_rate))
+                steps_taken += args.num_steps * args.num_envs
+            metrics = [x.item() for x in (*metrics, grad_norm, explained)]
+            reports.put((envs.ended, metrics, args.learning_rate * left))
             envs.ended = []
 
 
@@ -350,37 +351,29 @@ def train_asynchronously(args, run, envs, agent, return_norm, optimizer):
         optimizer.step()
         for statistic in optimizer.state[theta].values():
             statistic.zero_()
-    seeds = np.random.SeedSequence((args.seed, 2, run.step)).generate_state(args.num_workers)
-    rng = [torch.Generator().manual_seed(int(seed)).get_state() for seed in seeds]
-    if run.step == 0:
-        rng[0] = torch.get_rng_state()  # a single worker does what the synchronous run does
     spawn = multiprocessing.get_context("spawn")
-    steps_taken, lock, reports = spawn.Value("q", run.step), spawn.Lock(), spawn.Queue()
-    stream = args.seed, 0, run.step
-    given = (args, stream, rng, agent, return_norm, optimizer, steps_taken, lock, reports)
+    steps_taken, lock, reports = torch.tensor(run.step), spawn.Lock(), spawn.Queue()
+    given = args, run.step, agent, return_norm, optimizer, steps_taken, lock, reports
     workers = multiprocessing.spawn(work, given, args.num_workers, join=False)
     for process in workers.processes:
         run.callback(process.kill)
     ended = False
-    while not (ended and reports.empty()) and not run.signal:
-        try:
+    try:
+        while not (ended and reports.empty()) and not run.signal:
             ended = workers.join(timeout=0, grace_period=0.1)
-        except multiprocessing.ProcessExitedException as error:
-            fail(f"a worker of A3C ended ({error}); the last checkpoint stays as it was", 1)
-        with suppress(queue.Empty):
-            episodes, metrics, learning_rate = reports.get(timeout=0.1)
-            envs.ended += [(steps_taken.value, *episode[1:]) for episode in episodes]
-            if not lock.acquire(timeout=60):  # nobody may change what is saved
-                fail("a worker of A3C died while it held the parameters", 1)
-            envs.steps = steps_taken.value
-            run.end_iteration(
-                dict(zip(METRICS, torch.tensor(metrics), strict=True)), learning_rate, args.log_interval
-            )
-            lock.release()
-    lock.acquire(timeout=60)
-    for process in workers.processes:
-        process.kill()
-    run.step = steps_taken.value
+            with suppress(queue.Empty):
+                episodes, metrics, learning_rate = reports.get(timeout=0.1)
+                while not lock.acquire(timeout=1):  # whoever has it may have died
+                    workers.join(timeout=0, grace_period=0.1)
+                envs.steps = int(steps_taken)
+                envs.ended += [(envs.steps, *episode[1:]) for episode in episodes]
+                metrics = dict(zip(METRICS, torch.tensor(metrics), strict=True))
+                run.end_iteration(metrics, learning_rate, args.log_interval)
+                lock.release()
+    except multiprocessing.ProcessExitedException as error:
+        fail(f"a worker of A3C ended ({error}); the last checkpoint stays as it was", 1)
+    lock.acquire(timeout=60)  # for good: the workers change nothing any more
+    run.step = int(steps_taken)
     return run.finish()
 
 
