@@ -13,22 +13,19 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
              td           A_t = δ_t: least variance, but biased where V is wrong
              n_step       A_t = Σ_{k<n} γ^k δ_{t+k} = Σ_{k<n} γ^k r_{t+k} + γ^n V(s_{t+n}) − V(s_t)
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)
-             monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): V is a mere baseline; no bias, most variance
+             monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): least bias, most variance
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
         6. update the observation statistics, log, evaluate, save
 
-s'_t is the true successor of s_t, also at the end of an episode. If it terminates the task, V(s'_t) is 0; a
-time limit does not. No sum goes on past the end of the episode or of the batch, where V(s') is the last term
-of the sums of rewards, too. n is the flag lookahead.
+s'_t is the true successor of s_t. If it terminates the task, V(s'_t) is 0; a time limit does not. No sum goes
+on past the end of the episode or of the batch, where V(s') is its last term. n is the flag lookahead.
 
-Online: with T = N = 1 every A_t is δ_t, and each step is learnt from as it comes. Traces hand δ on to the
-steps before (Sutton and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e, and so for the critic with
-∇V(s). While θ and V are held, they sum up to the step of `gae` with λ = trace_decay. With --shared-network
-steps 4 and 5 are one step on the policy's loss + vf_coef mean (V − y)², with advantages of the critic before
-it.
+Online: with T = N = 1 each step is learnt from as it comes. Traces hand its δ on to the steps before (Sutton
+and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e; so for the critic with ∇V(s), λ = trace_decay.
+With --shared-network 4 and 5 are one step on the sum of the losses, with advantages of the critic before it.
 
-Beyond the sources: step t of an episode does not count γ^t times (reinforce.py tells why); Adam; the
-gradient's norm is clipped; observations, rewards and advantages can be normalised.
+Beyond the sources: step t does not count γ^t times (reinforce.py tells why); Adam; the gradient's norm is
+clipped; observations, rewards and advantages can be normalised.
 
 Compare with reinforce.py, which waits for whole episodes, and a2c.py: short rollouts, one loss for both.
 

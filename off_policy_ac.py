@@ -20,17 +20,14 @@ If s' terminates the task, it is worth 0; a time limit is no such end. For Discr
 in y, in H and in `resample` are sums over all actions; for a Box they are means over num_samples draws.
 
 The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in the actor's step, is wrong
-twice. The stored r and s' belong to β's action: V becomes the value of a policy that goes on with the mixture
-β of all earlier ones. And ∇ log π(a|s) A(s, a) with a ~ β is not a policy gradient: it favours what β did
-often, by the factor β/π. Q puts the first right, since it is told the action and chooses a' itself; a fresh
-action, or the weight π/β, the second. What remains, and is accepted: the states are those of the earlier
-policies, and the part of the gradient that goes through Q^π is left out (theorem 1), so this is not the exact
-gradient of any objective.
+twice. r and s' belong to the action of β, the mixture of all earlier policies: V becomes its value. And
+∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q puts the first right, since it is told the action
+and chooses a' itself; a fresh action, or the weight π/β, the second. The states remain those of β, and the
+part of the gradient that goes through Q^π is left out (theorem 1): it is the gradient of no objective.
 
-Beyond the paper: Q with a target network in place of gradient-TD; a Box has a = tanh(u), u ~ N(μ(s), diag
-σ(s)²), and the buffer holds u, so that tanh's slope cancels in π/β; observations and rewards are normalised
-by default (where Q is near 100 for all actions, a policy is deterministic before Q can tell them apart); the
-actor's steps are the smaller ones.
+Beyond the paper: Q with a target in place of gradient-TD; a Box has a = tanh(u), u ~ N(μ(s), diag σ(s)²), and
+the buffer holds u, so that tanh's slope cancels in π/β; observations and rewards are normalised by default
+(where Q is near 100 for all actions, a policy is deterministic before Q can tell them apart).
 
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
@@ -363,9 +360,11 @@ def train(args: Args) -> dict[str, float]:
             # 2. act and store
             obs = envs.obs
             actions = agent.in_numpy(squash=False)(obs, agent.noise(args.num_envs))
-            with torch.no_grad():
-                behaviour = [torch.from_numpy(x).to(device) for x in (obs, actions)]
-                behaviour_logprobs = agent.logprobs(*behaviour).cpu().numpy()
+            behaviour_logprobs = np.zeros(args.num_envs)
+            if args.actor_update == "importance":
+                with torch.no_grad():
+                    behaviour = [torch.from_numpy(x).to(device) for x in (obs, actions)]
+                    behaviour_logprobs = agent.logprobs(*behaviour).cpu().numpy()
             rewards, next_obs, terminated, _, discounted_returns = envs.step(agent.squash(actions))
             buffer.add(obs, actions, rewards, next_obs, terminated, behaviour_logprobs)
             if args.normalize_obs:

@@ -328,7 +328,7 @@ def second_road(script, args, agent, calls):
         if script is off_policy_ac or N * t >= args.learning_starts:
             close(taken, policy, 1e-5)
         if script is off_policy_ac:
-            close(added[5], agent.logprobs(x, taken), 1e-5)
+            close(added[5], agent.logprobs(x, taken) * (args.actor_update == "importance"), 1e-5)
         first = step[3] | (N * (t + 1) // every > N * t // every)
         agent.obs_norm.update(x)
         if args.normalize_rewards:
