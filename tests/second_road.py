@@ -1,0 +1,138 @@
+"""What several tests compare the scripts with, and how they look into whole runs of the shipped `train`.
+
+References are torch.distributions, sums term by term, and statistics of all rows of the past at once.
+"""
+import copy
+import tempfile
+from collections import namedtuple
+from itertools import combinations_with_replacement, pairwise
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tabular import TabularEnv
+from torch.distributions import Categorical, Independent, Normal
+
+LONG = {"horizon": 5, "start": (0.0, 1.0, 0.0), "timed": True}  # 18 rows
+DISCRETE = spaces.Discrete(2)
+BOX = spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))  # not symmetric, and not of one width
+SPACES = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
+
+
+def box_env():
+    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(action.sum() > 6), BOX)
+
+
+gym.register("TabularDiscrete-v0", TabularEnv, kwargs=LONG)
+gym.register("TabularBox-v0", box_env)
+
+
+def close(actual, expected, tolerance=1e-10):
+    """Compares numbers, arrays, or tuples of them."""
+    for pair in zip(actual, expected, strict=True) if isinstance(actual, tuple) else ((actual, expected),):
+        tensors = (torch.as_tensor(x, dtype=torch.float64).detach() for x in pair)
+        torch.testing.assert_close(*tensors, rtol=0, atol=tolerance)
+
+
+def vector(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def new_agent(module, space, obs_dim=18, spread=0.5, double=True, **flags):
+    """With a spread, all parameters are far from 0, so that no part of a formula can hide."""
+    torch.manual_seed(0)
+    envs = SimpleNamespace(obs_dim=obs_dim, action_dim=spaces.flatdim(space), discrete=space is not BOX)
+    agent = module.Agent(envs, module.Args(**{"hidden_size": 5} | flags))
+    for param in agent.parameters() if spread else ():
+        param.data.add_(spread * torch.randn_like(param))
+    return agent.double() if double else agent
+
+
+def distribution(agent, x):
+    """π(·|s) of torch.distributions, for what the network sees."""
+    z = agent.actor(x)
+    return Categorical(logits=z) if agent.discrete else Independent(Normal(z, agent.log_std.exp()), 1)
+
+
+def double_loop(rewards, values, next_values, terminated, dones, gamma, lam):
+    """Columns are cut into episodes first; then A_t = Σ_k (γλ)^k δ_{t+k} within one of them, term by term."""
+    advantages = np.zeros_like(rewards)
+    for n in range(rewards.shape[1]):
+        for start, stop in pairwise([0, *(np.flatnonzero(dones[:, n]) + 1), len(dones)]):
+            for t, u in combinations_with_replacement(range(start, stop), 2):
+                future = 0.0 if terminated[u, n] else gamma * next_values[u, n]
+                advantages[t, n] += (gamma * lam) ** (u - t) * (rewards[u, n] + future - values[u, n])
+    return advantages
+
+
+Steps = namedtuple("Steps", "obs actions rewards next_obs terminated dones discounted running fresh")
+# An iteration: its steps and noise; what the loss was given and what it logged, each time; the gradients that
+# the optimizers have at the end; metrics, the learning rates in the optimizer and in the log; agent, orders
+Iteration = namedtuple("Iteration", "steps noise batches gradients metrics rates agent orders")
+
+
+def watch(module, agent, loss, args, envs=None):
+    """What the shipped train() does with this agent in float64, an iteration each; `envs` replace its own."""
+    steps, noises, orders, batches, iterations = ([] for _ in range(5))
+    shipped, end, draw, randperm = getattr(module, loss), module.Run.end_iteration, agent.noise, torch.randperm
+
+    class Envs(module.Envs):
+        def reset(self, *stream):
+            super().reset(*stream)
+            self.obs, self.fresh = self.obs.astype(float), True
+
+        def step(self, actions, *running):
+            obs, fresh, self.fresh = self.obs, self.fresh, False
+            result = [x.astype(float) if x.dtype.kind == "f" else x for x in super().step(actions, *running)]
+            steps.append((obs, actions, *result, *(running or [np.ones(len(obs), bool)]), fresh))
+            return result
+
+    def spy_loss(*given):
+        result = shipped(*given)
+        batches.append((given[1:], [x.item() for x in result[1]]))
+        return result
+
+    def spy_end(run, metrics, rate, *interval):
+        optimizers = [part for name, part in run.parts.items() if name.endswith("optimizer")]
+        groups = [optimizer.param_groups[0] for optimizer in optimizers]
+        now = Steps(*(torch.from_numpy(np.array(x)) for x in zip(*steps, strict=True))) if steps else None
+        gradients = [x["params"][0].grad.clone() for x in groups if x["params"][0].grad is not None]
+        floats, rates = {name: float(value) for name, value in metrics.items()}, [groups[0]["lr"], rate]
+        noise = torch.from_numpy(np.concatenate(noises)).double()[: len(steps)] if noises else None
+        seen = batches[:], gradients, floats, rates, copy.deepcopy(agent), orders[:]
+        iterations.append(Iteration(now, noise, *seen))
+        for each in (steps, noises, orders, batches):
+            each.clear()
+        assert interval in ((), (getattr(args, "log_interval", None),))
+        end(run, metrics, rate, *interval)
+
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent, "noise", lambda *shape: noises.append(draw(*shape)) or noises[-1], raising=False)
+        patch.setattr(torch, "randperm", lambda n: orders.append(randperm(n)) or orders[-1])
+        patch.setattr(module, "Agent", lambda *_: agent)
+        patch.setattr(module, "Envs", envs or Envs)
+        patch.setattr(module, loss, spy_loss)
+        patch.setattr(module.Run, "end_iteration", spy_end)
+        patch.setattr(module.Run, "evaluate", lambda run: None)
+        patch.setattr(module.Run, "log", lambda *_: None)  # slow
+        module.train(module.Args(**vars(args) | {"run_dir": directory}))
+    return iterations
+
+
+def as_seen(args, agent, iterations, k):
+    """The steps of iteration k as formulas see them: normalised by all of the past; actions are the policy's."""
+    now, past = iterations[k].steps, [each.steps for each in iterations[: k + 1]]
+    rows = [x.obs[x.running] for x in past[:k] if args.normalize_obs]
+    var, mean = torch.var_mean(torch.cat(rows), 0, correction=0) if rows else torch.zeros(2, 1)
+    std = torch.where(var > 0, var + 1e-8, 1.0).sqrt()
+    obs, next_obs = (((x - mean) / std).clip(-10, 10) for x in (now.obs, now.next_obs))
+    pi, noise = distribution(agent, obs), iterations[k].noise
+    acted = (pi.logits + noise).argmax(-1) if agent.discrete else pi.mean + agent.log_std.exp() * noise
+    close(now.actions[now.running], acted[now.running], 1e-6)
+    var, rewards = torch.cat([x.discounted for x in past]).var(correction=0), now.rewards
+    if vars(args).get("normalize_rewards") and var > 0:
+        rewards = rewards / (var + 1e-8).sqrt()
+    return now._replace(obs=obs, next_obs=next_obs, rewards=rewards)
