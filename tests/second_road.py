@@ -8,28 +8,14 @@ from collections import namedtuple
 from itertools import combinations_with_replacement, pairwise
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from tabular import TabularEnv
+from tabular import BOX
 from torch.distributions import Categorical, Independent, Normal
 
-LONG = {"horizon": 5, "start": (0.0, 1.0, 0.0), "timed": True}  # 18 rows
-DISCRETE = spaces.Discrete(2)
-BOX = spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))  # not symmetric, and not of one width
-SPACES = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
-
-
-def box_env():
-    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(action.sum() > 6), BOX)
-
-
-gym.register("TabularDiscrete-v0", TabularEnv, kwargs=LONG)
-gym.register("TabularBox-v0", box_env)
-
-
+torch.set_num_threads(1)  # small tensors; two threads only wait for each other
 def close(actual, expected, tolerance=1e-10):
     """Compares numbers, arrays, or tuples of them."""
     for pair in zip(actual, expected, strict=True) if isinstance(actual, tuple) else ((actual, expected),):
@@ -57,6 +43,17 @@ def distribution(agent, x):
     return Categorical(logits=z) if agent.discrete else Independent(Normal(z, agent.log_std.exp()), 1)
 
 
+def random_arrays(case):
+    """rewards, values, next_values, terminated, dones (T, N); ends of both kinds: few, many, everywhere."""
+    rng = np.random.default_rng(case)
+    shape = (int(rng.integers(1, 20)), int(rng.integers(1, 4)))
+    terminated, truncated = (rng.random(shape) < rng.choice([0, p, 0.5]) for p in (0.1, 0.2))
+    (terminated, truncated)[case % 2][{0: slice(None), 1: 0, 2: -1}.get(case % 10, slice(0))] = True
+    dones, (rewards, values, next_values) = terminated | truncated, 10 * rng.normal(size=(3, *shape))
+    next_values[:-1] = np.where(dones[:-1], next_values[:-1], values[1:])  # else s' is s_{t+1}
+    return rewards, values, next_values, terminated, dones
+
+
 def double_loop(rewards, values, next_values, terminated, dones, gamma, lam):
     """Columns are cut into episodes first; then A_t = Σ_k (γλ)^k δ_{t+k} within one of them, term by term."""
     advantages = np.zeros_like(rewards)
@@ -77,7 +74,8 @@ Iteration = namedtuple("Iteration", "steps noise batches gradients metrics rates
 def watch(module, agent, loss, args, envs=None):
     """What the shipped train() does with this agent in float64, an iteration each; `envs` replace its own."""
     steps, noises, orders, batches, iterations = ([] for _ in range(5))
-    shipped, end, draw, randperm = getattr(module, loss), module.Run.end_iteration, agent.noise, torch.randperm
+    shipped, end = getattr(module, loss), module.Run.end_iteration
+    draw, randperm = agent.noise, torch.randperm
 
     class Envs(module.Envs):
         def reset(self, *stream):
@@ -123,7 +121,7 @@ def watch(module, agent, loss, args, envs=None):
 
 
 def as_seen(args, agent, iterations, k):
-    """The steps of iteration k as formulas see them: normalised by all of the past; actions are the policy's."""
+    """The steps of iteration k as the formulas see them, normalised by the past; actions are the policy's."""
     now, past = iterations[k].steps, [each.steps for each in iterations[: k + 1]]
     rows = [x.obs[x.running] for x in past[:k] if args.normalize_obs]
     var, mean = torch.var_mean(torch.cat(rows), 0, correction=0) if rows else torch.zeros(2, 1)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -163,4 +164,14 @@ class TabularEnv(gym.Env):
         return self._obs(), float(REWARD[step]), bool(TERMINATES[step]), self.t == self.mdp.horizon, {}
 
 
+def box_env() -> gym.Env:
+    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(action.sum() > 6), BOX)
+
+
+DISCRETE = gym.spaces.Discrete(A)
+BOX = gym.spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))  # not symmetric, and not of one width
+SPACES = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
+LONG = {"horizon": 5, "start": (0.0, 1.0, 0.0), "timed": True}  # 18 rows
 gym.register("Tabular-v0", entry_point=TabularEnv)
+gym.register("TabularDiscrete-v0", entry_point=TabularEnv, kwargs=LONG)
+gym.register("TabularBox-v0", entry_point=box_env)
