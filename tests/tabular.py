@@ -165,7 +165,8 @@ class TabularEnv(gym.Env):
 
 
 def box_env() -> gym.Env:
-    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(action.sum() > 6), BOX)
+    """With some function of two numbers for an action."""
+    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(np.sin(action.sum()) > 0), BOX)
 
 
 DISCRETE = gym.spaces.Discrete(A)
