@@ -6,14 +6,11 @@ What stands in other scripts in the same words is proved here for all of them.
 
 import copy
 import math
-from contextlib import ExitStack
 from itertools import product
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from second_road import as_seen, close, distribution, double_loop, new_agent, random_arrays, watch
 from tabular import BOX, DISCRETE, SPACES
 from torch.distributions import Normal
@@ -25,8 +22,6 @@ import ppo
 import reinforce
 import trpo
 
-INF = np.inf
-NAMES = ("obs", "reward", "next_obs", "terminated", "dones", "discounted")
 
 def random_case(space, size=16):
     """An agent, and obs, actions, old log-probabilities (some within the clip range), advantages, returns."""
@@ -170,91 +165,6 @@ def test_a_constant_input_comes_out_as_0():
         agent.obs_norm.update(same.expand(size, 7, 3))
     close(agent.obs_norm(torch.cat([same, same + 1])), [[0.0] * 3, [1.0] * 3], 1e-6)
     close(agent.in_numpy()(same.numpy(), 0), agent.actor(torch.zeros(1, 3)), 1e-6)
-
-class Counting(gym.Env):
-    """Shows episode + step / 100 and its own index, pays what no other step pays, and writes all down.
-    Episodes last 3, 1, 4, 2, 9 steps (each environment begins elsewhere) and end in termination, a time limit
-    or both. Every other environment shows the same array each time, as some do. `view` shows something else.
-    """
-
-    made = []  # noqa: RUF012
-
-    def __init__(self, action_space=None, space=None, view=None):
-        self.observation_space = space or spaces.Box(-INF, INF, (2,))
-        self.action_space = action_space or spaces.Discrete(3)
-        self.index, self.array, self.log, self.seeds = len(Counting.made), np.zeros(2, np.float32), [], []
-        self.view = view or (lambda _: self.array.copy() if self.index % 2 else self.array)
-        Counting.made.append(self)
-
-    def show(self):
-        self.array[:] = len(self.seeds) + self.count / 100, self.index
-        return self.view(self.count)
-
-    def reset(self, *, seed=None, options=None):
-        self.seeds.append(seed)
-        self.count = 0
-        return self.show(), {}
-
-    def step(self, action):
-        which, obs = len(self.seeds) + self.index, np.array(self.show())
-        self.count += 1
-        left = (3, 1, 4, 2, 9)[which % 5] - self.count
-        assert left >= 0, "step after the end"
-        reward = self.index + len(self.seeds) / 4 - (self.count - 2) ** 2 - float(np.sum((action - 2) ** 2))
-        ends = {"terminated": left == 0 and which % 3 != 1, "truncated": left == 0 and which % 3 != 0}
-        step = {"obs": obs, "action": action, "reward": reward, "next_obs": np.array(self.show())}
-        self.log.append(step | ends | {"dones": any(ends.values()), "episode": len(self.seeds)})
-        return self.show(), reward, *ends.values(), {}
-
-def counting_envs(num_envs, **kwargs):
-    Counting.made = []
-    gym.registry["Any-v0"] = gym.envs.registration.EnvSpec("Any-v0", Counting, kwargs=kwargs)
-    envs = ppo.Envs(ExitStack(), ppo.Args("Any-v0", gamma=0.9), num_envs)
-    envs.reset(3, 0)
-    return envs
-
-def hand_count(envs, gamma):
-    """What environments wrote as arrays (T, N, ...), by name; and (steps, return, length) of the episodes."""
-    ended = []
-    for t, env in product(range(len(envs[0].log)), envs):
-        now = env.log[t]
-        rewards = [step["reward"] for step in env.log[: t + 1] if step["episode"] == now["episode"]]
-        now["discounted"] = sum(gamma**k * reward for k, reward in enumerate(reversed(rewards)))
-        if now["dones"]:
-            ended.append((len(envs) * (t + 1), sum(rewards), len(rewards)))
-    return {name: np.stack([[step[name] for step in env.log] for env in envs], 1) for name in now}, ended
-
-def test_steps_are_what_the_environments_did():
-    envs = counting_envs(4)
-    steps = [(envs.obs, *envs.step(np.array([0, 1, 2, t % 3]))) for t in range(32)]
-    obs, rewards, next_obs, terminated, dones, discounted = map(np.array, zip(*steps, strict=True))
-    expected, ended = hand_count(Counting.made, 0.9)
-    close((obs, rewards, next_obs, terminated, dones, discounted), [expected[name] for name in NAMES], 1e-4)
-    close(envs.ended, ended, 1e-9)
-    assert np.unique(terminated + 2 * expected["truncated"]).tolist() == [0, 1, 2, 3]
-
-def test_actions_have_their_own_units_and_observations_are_flat():
-    """A policy's unit is half the width between two bounds, and what is beyond a bound is clipped."""
-    units = np.float32([-100, -1, 0, 0.5, 1, 100])[:, None]
-    for space, expected, obs_space, view, flat in (
-        (spaces.Discrete(6, start=5), [5, 6, 7, 8, 9, 10],
-         spaces.Discrete(3, start=5), lambda k: 5 + 2 * k, [[1, 0, 0], [0, 0, 1]]),
-        (spaces.Box(-2.0, 4.0, ()), [-2, -2, 1, 2.5, 4, 4],
-         spaces.Box(0, 9, (), np.float64), lambda k: np.array(4.0 + k), [[4], [5]]),
-        (spaces.Box(-4, np.array([[4.0], [0.0]]), dtype=np.float64),
-         [[[-4], [-4]], [[-4], [-4]], [[0], [-2]], [[2], [-1]], [[4], [0]], [[4], [0]]],
-         spaces.Box(0, 9, (2, 2)), lambda k: np.float32([[k, 1], [2, 3]]), [[0, 1, 2, 3], [1, 1, 2, 3]]),
-        (spaces.Box(np.float32([-1, -INF, -INF]), np.float32([INF, 0.25, INF])),
-         np.hstack([units.clip(-1), units.clip(max=0.25), units]),
-         spaces.Box(0, 9, (2,), np.int64), lambda k: [4, k], [[4, 0], [4, 1]]),
-    ):  # fmt: skip
-        envs = counting_envs(6, action_space=space, space=obs_space, view=view)
-        actions = np.arange(6) if envs.discrete else units.repeat(envs.action_dim, 1)
-        obs = np.array([envs.obs, envs.step(actions)[1]])
-        assert (obs[:, 0].tolist(), obs.dtype) == (flat, np.float32)
-        given = [env.log[0]["action"] for env in Counting.made]
-        close(np.array(given), expected, 0)
-        assert all(space.contains(np.asarray(action)) and action.dtype == space.dtype for action in given)
 
 KINDS = [
     {}, {"normalize_rewards": True, "normalize_advantages": False, "anneal_lr": False, "num_minibatches": 1},
