@@ -134,6 +134,23 @@ class MDP:
         return Batch(rows, eye[rows], actions, rewards, eye[successors], mask, terminated, truncated)
 
 
+class Given:
+    """In place of a script's Envs: these batches of trajectories, one for each iteration, in float64."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        rows = ([x[t].numpy() for x in batch] for batch in batches for t in range(len(batch.obs)))
+        self.rows, self.steps, self.ended, self.episodes = [Batch(*row) for row in rows], 0, [], [(0.0, 0, 0.0)]
+
+    def reset(self, *_: int) -> None:
+        self.obs = self.rows[0].obs
+
+    def step(self, _: Any, running: Any = None) -> tuple[np.ndarray, ...]:
+        row = self.rows.pop(0)
+        assert running is None or running.tolist() == row.mask.tolist()
+        self.steps, self.obs = self.steps + row.mask.sum(), self.rows[0].obs if self.rows else None
+        return row.rewards, row.next_obs, row.terminated, row.terminated | row.truncated, row.rewards
+
+
 def linear(table: Tensor) -> nn.Linear:
     """A bias-free layer that gives row i of `table` for the i-th one-hot observation; its weight is the transpose."""
     layer = nn.Linear(*table.shape, bias=False, dtype=torch.float64)

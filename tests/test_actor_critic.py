@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from second_road import Steps, as_seen, close, distribution, new_agent, random_arrays, vector, watch
-from tabular import CONTINUES, DISCRETE, MDP, SPACES, linear
+from tabular import CONTINUES, DISCRETE, MDP, SPACES, Given, linear
 
 import actor_critic
 
@@ -33,32 +33,18 @@ WRONG_V = TRUE_V + torch.tensor([[3, -1.5, 0.7], [0.4, 2, -1], [-2.5, 0.3, 1.1],
 def args_of(**flags):
     return actor_critic.Args(**{"gamma": GAMMA, "hidden_size": 5, "device": "cpu"} | flags)
 
-class Given:
-    """In place of Envs: all trajectories side by side, in float64; what is after an end is of no interest."""
-
-    steps, ended, episodes, batch = 0, (), [(0.0, 0, 0.0)], TIMED.batch()
-
-    def reset(self, *_):
-        self.t, self.obs = 0, self.batch.obs[0].numpy()
-
-    def step(self, _):
-        row = type(self.batch)(*(x[self.t].numpy() for x in self.batch))
-        self.t, self.steps, self.obs = self.t + 1, self.steps + len(row.mask), row.next_obs
-        return row.rewards, row.next_obs, row.terminated, row.terminated | row.truncated, row.rewards
-
 def estimated_gradients(values, **flags):
     """Σ_t ∇ log π(a_t|s_t) A_t of each trajectory, (K, rows, A): minus the gradient of the shipped loss."""
     flags |= {"critic_epochs": 1, "learning_rate": 0.0, "critic_learning_rate": 0.0, "total_timesteps": 1}
     args = args_of(num_envs=len(PROBABILITIES), num_steps=TIMED.horizon, **flags)
-    agent, envs = new_agent(actor_critic, DISCRETE, 12), Given()
+    agent, envs, batch = new_agent(actor_critic, DISCRETE, 12), Given([TIMED.batch()]), TIMED.batch()
     agent.actor, agent.critic = linear(THETA), linear(values.reshape(-1, 1))
-    agent.in_numpy = lambda: lambda *_: envs.batch.actions[envs.t].numpy()
+    agent.in_numpy = lambda: lambda *_: envs.rows[0].actions
     (iteration,) = watch(actor_critic, agent, "actor_loss", args, lambda *_: envs)
-    obs, actions, advantages, _ = iteration.batches[-1][0]
+    *given, _ = iteration.batches[-1][0]
     grads = []
-    for i, length in enumerate(envs.batch.mask.sum(0).tolist()):
-        batch = (x[:length, i] for x in (obs, actions, advantages))
-        loss, _ = actor_critic.actor_loss(agent, *batch, 0.0)
+    for i, length in enumerate(batch.mask.sum(0).tolist()):
+        loss, _ = actor_critic.actor_loss(agent, *(x[:length, i] for x in given), 0.0)
         grads.append(-length * torch.autograd.grad(loss, agent.actor.weight)[0].T)
     return torch.stack(grads)
 
@@ -87,7 +73,7 @@ def test_bias_with_a_wrong_critic(flags):
     So Monte Carlo believes the critic alone about what follows the time limit.
     """
     n = {"td": 1, "n_step": flags.get("lookahead")}.get(flags["advantage"], TIMED.horizon)
-    batch, theta, error, total = Given.batch, THETA.clone().requires_grad_(), (WRONG_V - TRUE_V), 0.0
+    batch, theta, error, total = TIMED.batch(), THETA.clone().requires_grad_(), (WRONG_V - TRUE_V), 0.0
     for i, length in enumerate(batch.mask.sum(0).tolist()):
         for t in range(length):
             last = min(t + n, length) - 1

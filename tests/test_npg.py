@@ -6,9 +6,7 @@ Hessian of torch's KL. Whole runs of both scripts are in test_trpo.py.
 
 import copy
 import math
-from functools import partial
 from itertools import pairwise, product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ import torch
 from gymnasium import spaces
 from second_road import close, distribution, new_agent, vector
 from tabular import BOX
-from torch import nn
 from torch.distributions import kl_divergence
 from torch.nn.utils import vector_to_parameters
 
@@ -151,38 +148,6 @@ def test_direction_curvature_and_the_kl_of_the_step(module, agent, damping):
         errors.append(abs(kl / max_kl - 1))
     assert all(small < 0.2 * large for large, small in pairwise(errors))  # with √ε, or faster
     assert errors[-1] < 1e-3
-
-
-@pytest.mark.parametrize("discrete", [True, False])
-def test_the_natural_step_does_not_depend_on_the_parameters(module, discrete):
-    """With θ = A φ, the step √(2ε / gᵀF⁻¹g) F⁻¹g in φ leads to the same policy; damped it does not.
-
-    θ is log σ after two or three numbers for each of 3 one-hot observations.
-    """
-    obs, new = torch.eye(3)[torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 2, 2])], []
-    rows, size = (3, 9) if discrete else (2, 8)
-    agent = SimpleNamespace(discrete=discrete, obs_norm=nn.Identity())
-    for name in ("distribution", "policy"):
-        setattr(agent, name, partial(getattr(module.Agent, name), agent))
-    batch = obs, *random_batch(agent, 12)[1:]
-
-    def set_policy(theta):
-        agent.log_std = theta[3 * rows :]
-        agent.actor = lambda obs: obs @ theta[: 3 * rows].reshape(3, rows)
-        return vector(agent.distribution(obs))
-
-    for A in (torch.eye(size), torch.randn(size, size) + 2 * torch.eye(size)):
-        phi = torch.linalg.solve(A, torch.linspace(-0.9, 1.1, size)).requires_grad_()
-        set_policy(A @ phi)
-        g = -module.flat_grad(shipped_loss(module, agent, agent, *batch)[0], [phi], retain_graph=True)
-        fvp = module.fisher_vector_product(agent, obs, [phi])
-        natural = torch.linalg.pinv(dense_fisher(agent, obs, [phi]), rtol=1e-10) @ g
-        x, curvature = module.natural_gradient(fvp, g, 60, 0.0)
-        close(x, natural, 1e-4 * natural.norm())
-        for step, cost in ((x, curvature), module.natural_gradient(fvp, g, 60, 0.1)):
-            new.append(set_policy(A @ (phi + module.kl_step_size(cost, 0.1) * step)))
-    close(new[0], new[2], 1e-4)
-    assert (new[1] - new[3]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])

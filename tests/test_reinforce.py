@@ -18,7 +18,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from second_road import as_seen, close, distribution, new_agent, vector, watch
-from tabular import DISCRETE, MDP, SPACES, A, Batch, S, TabularEnv, linear
+from tabular import DISCRETE, MDP, SPACES, A, Given, S, TabularEnv, linear
 
 import reinforce
 
@@ -32,22 +32,6 @@ GROUPED = ("average", "optimal", "time")  # the baselines that need other episod
 # Groups of n trajectories are listed on ever smaller problems: 42 single ones, 136 pairs, 84 triples
 MDPS = {1: MDP(horizon=3), 2: MDP(horizon=2), 3: MDP(horizon=2, start=(0.0, 1.0, 0.0))}
 CHOICES = list(product(WEIGHTS, DISCOUNTS, ("none", *GROUPED, "value")))
-
-class Given:
-    """In place of Envs: these batches of episodes, one for each iteration, in float64."""
-
-    def __init__(self, batches):
-        rows = ([x[t].numpy() for x in batch] for batch in batches for t in range(len(batch.obs)))
-        self.rows, self.steps, self.ended = [Batch(*row) for row in rows], 0, []
-
-    def reset(self, *_):
-        self.obs = self.rows[0].obs
-
-    def step(self, _, running):
-        row = self.rows.pop(0)
-        assert running.tolist() == row.mask.tolist()
-        self.steps, self.obs = self.steps + row.mask.sum(), self.rows[0].obs if self.rows else None
-        return row.rewards, row.next_obs, row.terminated, row.terminated | row.truncated, row.rewards
 
 def tabular_agent(theta):
     agent = new_agent(reinforce, DISCRETE, S)
