@@ -2,10 +2,10 @@
 
 References are torch.distributions, sums term by term, and statistics of all rows of the past at once.
 """
+
 import copy
 import tempfile
 from collections import namedtuple
-from itertools import combinations_with_replacement, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +16,8 @@ from tabular import BOX
 from torch.distributions import Categorical, Independent, Normal
 
 torch.set_num_threads(1)  # small tensors; two threads only wait for each other
+
+
 def close(actual, expected, tolerance=1e-10):
     """Compares numbers, arrays, or tuples of them."""
     for pair in zip(actual, expected, strict=True) if isinstance(actual, tuple) else ((actual, expected),):
@@ -54,14 +56,33 @@ def random_arrays(case):
     return rewards, values, next_values, terminated, dones
 
 
-def double_loop(rewards, values, next_values, terminated, dones, gamma, lam):
-    """Columns are cut into episodes first; then A_t = Σ_k (γλ)^k δ_{t+k} within one of them, term by term."""
-    advantages = np.zeros_like(rewards)
-    for n in range(rewards.shape[1]):
-        for start, stop in pairwise([0, *(np.flatnonzero(dones[:, n]) + 1), len(dones)]):
-            for t, u in combinations_with_replacement(range(start, stop), 2):
-                future = 0.0 if terminated[u, n] else gamma * next_values[u, n]
-                advantages[t, n] += (gamma * lam) ** (u - t) * (rewards[u, n] + future - values[u, n])
+CASES = [random_arrays(case) for case in range(200)]
+
+
+def left(dones, t, i):
+    """The number of steps from t to the end of the episode, or of the batch."""
+    return min(len(dones) - t, 1 + int(np.argmax([*dones[t:, i], True])))
+
+
+def n_step_loop(rewards, values, next_values, terminated, dones, gamma, n):
+    """Σ_{k<m} γ^k r_{t+k} + γ^m (1 − terminated) V(s'_{t+m−1}) − V(s_t), term by term."""
+    advantages = -values
+    for t, i in np.ndindex(rewards.shape):
+        m = min(n, left(dones, t, i))
+        advantages[t, i] += sum(gamma**k * rewards[t + k, i] for k in range(m))
+        advantages[t, i] += 0.0 if terminated[t + m - 1, i] else gamma**m * next_values[t + m - 1, i]
+    return advantages
+
+
+def lambda_loop(*arrays):
+    """(1 − λ) Σ_n λ^(n−1) A^n up to the end, where the last A^n has all the weight that is left."""
+    *arrays, gamma, lam = arrays
+    by_n = [n_step_loop(*arrays, gamma, n) for n in range(1, len(arrays[0]) + 1)]
+    advantages = np.zeros_like(arrays[0])
+    for t, i in np.ndindex(advantages.shape):
+        weights = [(1 - lam) * lam**n for n in range(left(arrays[-1], t, i))]
+        weights[-1] = lam ** (len(weights) - 1)
+        advantages[t, i] = sum(w * one[t, i] for w, one in zip(weights, by_n, strict=False))
     return advantages
 
 

@@ -1,15 +1,15 @@
 """A Markov decision process so small that all its trajectories can be listed: the tests' exact expectations.
 
-Nothing here comes from a script. Everything is float64 and differentiable in the policy. J, V, Q and the occupancy come
-from dynamic programming, the trajectories and their probabilities from listing: the two ways check each other.
+Everything is float64 and differentiable in the policy. J, V, Q and the occupancy come from dynamic programming,
+the trajectories and their probabilities from listing: the two ways check each other.
 
-A policy is a table `pi` of probabilities (rows, A), such as `theta.softmax(-1)`, with a row for each observation, which
-is one-hot. Unless `timed`, a row is a state: policy and critic see s alone, though V and Q of the finite horizon depend
-on (t, s); policy gradient theorems hold all the same. If `timed`, row t * S + s is the pair (t, s), t up to the horizon
+A policy is a table `pi` of probabilities (rows, A) with a row for each observation, which is one-hot. Unless
+`timed`, a row is a state: policy and critic see s alone, though V and Q of the finite horizon depend on (t, s);
+policy gradient theorems hold all the same. If `timed`, row t * S + s is the pair (t, s), t up to the horizon
 itself (the last `next_obs`): there a tabular critic can be exact.
 
-An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; as in Gymnasium, it can be both).
-The terminating transition arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
+An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; it can be both). The
+terminating one arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +65,6 @@ class MDP:
         """The policy's table as (horizon, S, A)."""
         return pi.reshape(-1, S, A)[: self.horizon].expand(self.horizon, S, A)
 
-    # -- by dynamic programming ---------------------------------------------------------------------------------------
     def values(self, pi: Tensor, gamma: float, final: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """V (horizon + 1, S) and Q (horizon, S, A), discounted from now; `final` is V after the time limit, or 0."""
         values, q_values = [torch.zeros(S, dtype=torch.float64) if final is None else final], []
@@ -89,7 +88,6 @@ class MDP:
         """Σ_t Σ_s d_t(s) Σ_a π(a|s) X_t(s,a); d and X are constants: its gradient is the policy gradient's formula."""
         return (occupancy.detach().unsqueeze(-1) * self.by_time(pi) * q_values.detach()).sum()
 
-    # -- by enumeration -----------------------------------------------------------------------------------------------
     def _paths(self, s: int, t: int) -> Iterator[tuple[tuple[int, int, int], ...]]:
         for a, successor in product(range(A), range(S)):
             if TRANSITION[s, a, successor] > 0:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from second_road import as_seen, close, distribution, double_loop, new_agent, watch
+from second_road import as_seen, close, distribution, lambda_loop, new_agent, watch
 from tabular import SPACES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -129,7 +129,7 @@ def test_a_run_by_a_second_road(space, more):
         now = as_seen(args, other, iterations, k)
         values, next_values = (other.critic(x)[..., 0] for x in (now.obs, now.next_obs))
         arrays = now.rewards, values, next_values, now.terminated, now.dones
-        advantages = torch.from_numpy(double_loop(*(x.detach().numpy() for x in arrays), 0.9, 0.8))
+        advantages = torch.from_numpy(lambda_loop(*(x.detach().numpy() for x in arrays), 0.9, 0.8))
         returns = advantages + values.detach()
         explained = 1 - np.var(advantages.numpy()) / np.var(returns.numpy())
         if args.normalize_advantages:
@@ -149,9 +149,6 @@ def test_a_run_by_a_second_road(space, more):
     for wrong in ((advantages[..., None], returns), (advantages, returns[:1]), (advantages.T, returns.T)):
         with pytest.raises(AssertionError):
             a2c.a2c_loss(agent, now.obs, now.actions, *wrong, args)
-
-
-# -- A3C in this process -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -236,11 +233,11 @@ def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path
     noise, drawn, seeds = a2c.Agent.noise, [], []
     Recorder.stop = 8
     monkeypatch.setattr(a2c.Agent, "noise", lambda *given: drawn.append(noise(*given)) or drawn[-1])
-    for seed, resume, step in ((1, False, 64), (1, True, 128), (2, False, 64), (3, False, 64), (3, True, 128)):
+    for seed, resume, step in ((1, 0, 64), (1, 1, 128), (2, 0, 64), (3, 0, 64), (3, 1, 128)):
         stops = seed == 3 and not resume
         here.prepare = lambda stops=stops: stops and os.kill(os.getpid(), signal.SIGTERM)
         with suppress(SystemExit):
-            train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume)
+            train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume > 0)
         assert saved(tmp_path / str(seed))["step"] == step
         assert saved(tmp_path / str(seed))["optimizer"]["state"][0]["step"] == step / 32
         seeds += [env.seed for env in Recorder.copies[4:12]]
@@ -248,8 +245,6 @@ def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path
     assert np.shape(drawn) == (5 * 2 * 2, 8, 4, 1)  # the second rollout was interrupted
     assert len(np.unique(drawn)) > 0.99 * np.size(drawn)
 
-
-# -- several processes ---------------------------------------------------------------------------------------
 
 TWO = {"asynchronous": True, "num_workers": 2, "num_envs": 2, "num_steps": 2, **NORMALIZE}
 

@@ -38,14 +38,6 @@ def agent(request, module):
     return new_agent(module, request.param, obs_dim=3, hidden_size=3)
 
 
-def other(agent):
-    """Another policy, near to it."""
-    agent = copy.deepcopy(agent)
-    for param in agent.parameters():
-        param.data.add_(0.2 * torch.randn_like(param))
-    return agent
-
-
 def random_batch(agent, *shape):
     actions = torch.randint(3, shape) if agent.discrete else torch.randn(*shape, 2)
     return torch.randn(*shape, 3), actions, torch.randn(shape)
@@ -153,7 +145,9 @@ def test_direction_curvature_and_the_kl_of_the_step(module, agent, damping):
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
 def test_losses_metrics_and_gradient(module, agent, ent_coef):
     obs, actions, advantages = batch = random_batch(agent, 4, 5)
-    old = other(agent)
+    old = copy.deepcopy(agent)
+    for param in old.parameters():
+        param.data.add_(0.2 * torch.randn_like(param))
     loss, metrics = shipped_loss(module, agent, old, *batch, ent_coef)
     pi, pi_old, params = distribution(agent, obs), distribution(old, obs), params_of(agent)
     logratios = (pi.log_prob(actions) - pi_old.log_prob(actions)).flatten().tolist()

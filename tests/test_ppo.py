@@ -6,12 +6,11 @@ What stands in other scripts in the same words is proved here for all of them.
 
 import copy
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from second_road import as_seen, close, distribution, double_loop, new_agent, random_arrays, watch
+from second_road import CASES, as_seen, close, distribution, lambda_loop, new_agent, watch
 from tabular import BOX, DISCRETE, SPACES
 from torch.distributions import Normal
 
@@ -53,9 +52,9 @@ def gradients(loss, agent):
 
 @pytest.mark.parametrize("module", [a2c, actor_critic, npg, trpo, ppo])
 def test_gae_equals_a_double_loop_over_separate_episodes(module):
-    for case in range(100):
-        arrays, gamma, lam = random_arrays(case), (0.0, 0.875, 1.0)[case % 3], (0.0, 0.75, 1.0)[case // 3 % 3]
-        close(module.gae(*map(torch.from_numpy, arrays), gamma, lam), double_loop(*arrays, gamma, lam))
+    for case, arrays in enumerate(CASES[:90]):
+        gamma, lam = (0.0, 0.875, 1.0)[case % 3], (0.0, 0.75, 1.0)[case // 3 % 3]
+        close(module.gae(*map(torch.from_numpy, arrays), gamma, lam), lambda_loop(*arrays, gamma, lam))
     for i in range(5):  # shapes that would broadcast
         with pytest.raises(AssertionError):
             module.gae(*(torch.zeros(3, 2 - (k == i)) > 0 for k in range(5)), 0.99, 1.0)
@@ -101,19 +100,6 @@ def test_loss_and_gradient(space):
             ppo.ppo_loss(agent, *batch[:i], batch[i][:, None], *batch[i + 1 :], args)
 
 @SPACES
-def test_equal_advantages_teach_nothing_but_the_entropy_grows(space):
-    """Normalised, that is any constant, whatever rounding says."""
-    for constant, ent_coef in product((0.0, 0.1, -12345.678), (0.0, 0.1)):
-        agent, batch = random_case(space)
-        batch[3], entropy = torch.full((16,), constant), agent.policy(*batch[:2])[1].mean()
-        args = ppo.Args(ent_coef=ent_coef, vf_coef=0.0, normalize_advantages=constant != 0)
-        grads = gradients(ppo.ppo_loss(agent, *batch, args)[0], agent)
-        for param, grad in zip(agent.parameters(), grads, strict=True):
-            param.data -= 0.05 * grad
-        assert ent_coef or all((grad == 0).all() for grad in grads)
-        assert (agent.policy(*batch[:2])[1].mean() > entropy + 1e-5) == bool(ent_coef)
-
-@SPACES
 @pytest.mark.parametrize("module", [reinforce, actor_critic, a2c, npg, trpo, ppo])
 def test_acting_in_numpy_draws_from_the_policy(module, space):
     """The noise is independent in time, environment and dimension, and each action as frequent as π(a|s)."""
@@ -144,7 +130,7 @@ def test_initial_weights_are_orthogonal():
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_running_moments_equal_those_of_all_rows(shape):
     """Of float32 rows far from 0, where digits cancel."""
-    rng, norm, other = np.random.default_rng(0), ppo.RunningNorm(*shape), ppo.RunningNorm(*shape)
+    rng, norm = np.random.default_rng(0), ppo.RunningNorm(*shape)
     x, rows = torch.randn(4, *shape), np.empty((0, *shape))
     assert torch.equal(norm(x), x)  # before the first rows
     for size in [*rng.integers(1, 50, 20).tolist(), 1, 1, 2]:
@@ -153,8 +139,6 @@ def test_running_moments_equal_those_of_all_rows(shape):
         norm.update(torch.from_numpy(new))
         np.testing.assert_allclose(norm.mean, rows.mean(0), rtol=1e-7)
         np.testing.assert_allclose(norm.scale, 1 / np.sqrt(rows.var(0) + 1e-8), rtol=1e-6)
-        other.load_state_dict(norm.state_dict())  # holds all that is needed to go on
-        norm, other = other, norm
     x = 1e6 + 30 * torch.randn(100, *shape)
     close(norm(x), ((x.numpy() - norm.mean.numpy()) / rows.std(0)).clip(-10, 10), 1e-5)
 
@@ -192,7 +176,7 @@ def test_a_run_can_be_retraced_by_a_second_road(space, changes):
         for epoch in range(args.update_epochs):
             values, next_values = (other.critic(x).detach()[..., 0] for x in (now.obs, now.next_obs))
             arrays = now.rewards, values, next_values, now.terminated, now.dones
-            advantages = torch.from_numpy(double_loop(*(x.numpy() for x in arrays), 0.9, 0.7))
+            advantages = torch.from_numpy(lambda_loop(*(x.numpy() for x in arrays), 0.9, 0.7))
             returns = advantages + values
             if epoch == 0:
                 explained = 1 - advantages.numpy().var() / returns.numpy().var()

@@ -33,7 +33,7 @@ def assert_shown(runs: list[dict], average: str, seeds: str, seconds: str) -> No
 
 
 def test_returns_are_those_of_the_results():
-    """Each row: mean (each seed) and median seconds; of peers, those here and those there. None is left out."""
+    """Each row: mean (each seed), median seconds; of peers, here and there. None is left out."""
     found = set()
     pattern = r"^\| `(\w+)\.py`(?: \((\w+)\))? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
     for script, variant, env, steps, *shown in rows_of(pattern):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from second_road import as_seen, close, distribution, double_loop, new_agent, vector, watch
+from second_road import as_seen, close, distribution, lambda_loop, new_agent, vector, watch
 from tabular import BOX, MDP, SPACES, linear
 from test_npg import dense_fisher, float64, params_of, shipped_loss
 from torch.distributions import kl_divergence
@@ -153,7 +153,7 @@ def test_a_run_is_taken_again_by_a_second_road(module, flags, space):
         now = as_seen(args, agent, iterations, k)
         values, next_values = (agent.critic(x).detach().squeeze(-1) for x in (now.obs, now.next_obs))
         arrays = now.rewards, values, next_values, now.terminated, now.dones
-        advantages = double_loop(*(x.numpy() for x in arrays), args.gamma, args.gae_lambda)
+        advantages = lambda_loop(*(x.numpy() for x in arrays), args.gamma, args.gae_lambda)
         advantages = torch.from_numpy(advantages)
         x, actions, advantages, values = (y.flatten(0, 1) for y in (now.obs, now.actions, advantages, values))
         returns, old = advantages + values, distribution(copy.deepcopy(agent).requires_grad_(False), x)
@@ -198,14 +198,3 @@ def test_without_a_good_direction_there_is_no_step(bad, module, flags, monkeypat
         assert all(map(torch.equal, params_of(old), params_of(new)))
         assert not torch.equal(vector(old.critic.parameters()), vector(new.critic.parameters()))
         assert not any(log[f"losses/{x}"] for x in ("accepted_fraction", "step_size", "kl", "improvement"))
-
-
-def test_the_multiplier_and_the_optimizer_of_the_dual_survive_a_resume(tmp_path):
-    torch.set_default_dtype(torch.float32)
-    saved, flags = [], DUAL | {"run_dir": str(tmp_path / "run"), "eval_episodes": 0, "total_timesteps": 1024}
-    for resume in (False, True):
-        trpo.train(trpo.Args(device="cpu", resume=resume, **flags))
-        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-        saved.append([state["agent"]["multiplier"], *state["optimizer"]["state"][0].values()])
-    assert saved[0][0] != 1
-    assert all(map(torch.equal, *saved))
