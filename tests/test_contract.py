@@ -116,7 +116,7 @@ SUPPORTED = {
     "Half-v0": (Box(-1, 1, (3,), np.float16), Box(-2, 1, (2,), np.float16)),
     "Double-v0": (Box(-1, 1, (3,), float), Box(-2, 1, (2,), float)),
     "Free-v0": (BOX, Box(-np.inf, np.inf, (2,))), "Free64-v0": (BOX, Box(-1.7e308, 1.7e308, (2,), float)),
-    "Mixed-v0": (BOX, Box(np.float32([-1, 0, -np.inf]), np.float32([2, np.inf, TOP]))),
+    "Mixed-v0": (BOX, Box(np.float32([-1, 0, -np.inf, -np.inf]), np.float32([2, np.inf, TOP, 0.25]))),
 }  # fmt: skip
 UNSUPPORTED = {
     "Dict-v0": (Dict(a=BOX), TWO), "Tuple-v0": (Tuple((BOX, TWO)), TWO), "Bits-v0": (MultiBinary(3), TWO),
@@ -402,7 +402,9 @@ def test_supported_spaces_run(name, env_id, monkeypatch):
     envs_class = importlib.import_module(name).Envs
 
     def step(envs, actions, running=None, step=envs_class.step):
+        stored, obs = envs.obs, envs.obs.copy()
         results = step(envs, actions, running)
+        assert np.array_equal(stored, obs)
         for i in range(len(envs.envs)) if running is None else running.nonzero()[0]:
             toy, (reward, next_obs, *ends, discounted) = envs.envs[i].unwrapped, (x[i] for x in results)
             action, after, total, paid, terminated, truncated = toy.record[-1]
