@@ -1,12 +1,11 @@
-"""A pretended GPU: arithmetic happens on the CPU, but each tensor has a device, and mixing them is an error as on CUDA.
+"""A pretended GPU: it counts on the CPU, but each tensor has a device, and mixing them is an error as on CUDA.
 
     with pretend_cuda() as gpu:
         train(Args(device="cuda"))
-    gpu.waits  # what made the host wait for a result of the device: one entry each
-    gpu.draws  # random numbers that were drawn on the device
+    gpu.waits, gpu.draws  # where the host waited for the device, what random numbers were drawn there
 
-A `Gpu` wraps a CPU tensor. To PyTorch's C++ code it is on `meta`, the one other device that every build knows. `Host`
-translates between cuda, which the program says, and meta; `Device` runs each operation on what is wrapped.
+To PyTorch's C++ code a `Gpu` is on `meta`, the one other device that every build knows. `Host` translates
+between cuda, which the program says, and meta; `Device` runs each operation on what is wrapped.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +23,8 @@ CROSSES = ("aten::_to_copy", "aten::copy_")  # the operations that may have tens
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal")
 
 
-class DeviceMixError(RuntimeError):
-    """An operation got tensors of both devices."""
-
-
 class Gpu(Tensor):
-    """A tensor on the pretended device; its numbers are in `.inside`."""
+    """A tensor on the pretended device; its numbers are in `.inside`, a tensor on the CPU."""
 
     @staticmethod
     def __new__(cls, inside: Tensor) -> "Gpu":
@@ -47,7 +42,7 @@ class Gpu(Tensor):
 
 
 def is_mixed(args: list) -> bool:
-    """Whether tensors of both devices are among the arguments; a single number may be on the CPU, but not in a list."""
+    """Whether tensors of both devices are among them; a single number may be on the CPU, but not in a list."""
     lists = [x for arg in args if isinstance(arg, list | tuple) for x in tree_leaves(arg)]
     tensors = [x for x in lists if isinstance(x, Tensor)]
     tensors += [x for x in args if isinstance(x, Gpu) or (isinstance(x, Tensor) and x.dim() > 0)]
@@ -55,8 +50,6 @@ def is_mixed(args: list) -> bool:
 
 
 class Device(TorchDispatchMode):
-    """Runs operations on the wrapped tensors, and keeps a record."""
-
     def __init__(self) -> None:
         super().__init__()
         self.waits, self.draws = [], []
@@ -66,8 +59,7 @@ class Device(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         gpus = [x for x in inputs if isinstance(x, Gpu)]
         if name not in CROSSES and is_mixed([*args, *kwargs.values()]):
-            where = ", ".join(f"{tuple(x.shape)} on {'cuda' if isinstance(x, Gpu) else 'cpu'}" for x in inputs)
-            raise DeviceMixError(f"{func} of {where}")
+            raise RuntimeError(f"{func} of {[(x.shape, type(x).__name__) for x in inputs]}")
         on_gpu = isinstance(args[0], Gpu) if name == "aten::copy_" else bool(gpus)
         if kwargs.get("device") is not None:
             on_gpu, kwargs["device"] = kwargs["device"] == META, CPU
@@ -83,8 +75,6 @@ class Device(TorchDispatchMode):
 
 
 class Host(TorchFunctionMode):
-    """Tells PyTorch meta where the program says cuda, and the program cuda where PyTorch says meta."""
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Gpu):
             if func == Tensor.device.__get__:
@@ -107,6 +97,5 @@ class Host(TorchFunctionMode):
 
 @contextmanager
 def pretend_cuda() -> Iterator[Device]:
-    """One pretended GPU, for device="cuda"; gives the record of waits and draws."""
     with mock.patch.object(torch.cuda, "device_count", return_value=1), Device() as device, Host():
         yield device

@@ -1,15 +1,15 @@
 """A Markov decision process so small that all its trajectories can be listed: the tests' exact expectations.
 
-Nothing here comes from a script. Everything is float64 and differentiable in the policy. J, V, Q and the occupancy come
-from dynamic programming, the trajectories and their probabilities from listing: the two ways check each other.
+Everything is float64 and differentiable in the policy. J, V, Q and the occupancy come from dynamic programming,
+the trajectories and their probabilities from listing: the two ways check each other.
 
-A policy is a table `pi` of probabilities (rows, A), such as `theta.softmax(-1)`, with a row for each observation, which
-is one-hot. Unless `timed`, a row is a state: policy and critic see s alone, though V and Q of the finite horizon depend
-on (t, s); policy gradient theorems hold all the same. If `timed`, row t * S + s is the pair (t, s), t up to the horizon
+A policy is a table `pi` of probabilities (rows, A) with a row for each observation, which is one-hot. Unless
+`timed`, a row is a state: policy and critic see s alone, though V and Q of the finite horizon depend on (t, s);
+policy gradient theorems hold all the same. If `timed`, row t * S + s is the pair (t, s), t up to the horizon
 itself (the last `next_obs`): there a tabular critic can be exact.
 
-An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; as in Gymnasium, it can be both).
-The terminating transition arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
+An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; it can be both). The
+terminating one arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +65,6 @@ class MDP:
         """The policy's table as (horizon, S, A)."""
         return pi.reshape(-1, S, A)[: self.horizon].expand(self.horizon, S, A)
 
-    # -- by dynamic programming ---------------------------------------------------------------------------------------
     def values(self, pi: Tensor, gamma: float, final: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """V (horizon + 1, S) and Q (horizon, S, A), discounted from now; `final` is V after the time limit, or 0."""
         values, q_values = [torch.zeros(S, dtype=torch.float64) if final is None else final], []
@@ -88,7 +88,6 @@ class MDP:
         """Σ_t Σ_s d_t(s) Σ_a π(a|s) X_t(s,a); d and X are constants: its gradient is the policy gradient's formula."""
         return (occupancy.detach().unsqueeze(-1) * self.by_time(pi) * q_values.detach()).sum()
 
-    # -- by enumeration -----------------------------------------------------------------------------------------------
     def _paths(self, s: int, t: int) -> Iterator[tuple[tuple[int, int, int], ...]]:
         for a, successor in product(range(A), range(S)):
             if TRANSITION[s, a, successor] > 0:
@@ -133,6 +132,23 @@ class MDP:
         return Batch(rows, eye[rows], actions, rewards, eye[successors], mask, terminated, truncated)
 
 
+class Given:
+    """In place of a script's Envs: these batches of trajectories, one for each iteration, in float64."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        rows = ([x[t].numpy() for x in batch] for batch in batches for t in range(len(batch.obs)))
+        self.rows, self.steps, self.ended, self.episodes = [Batch(*row) for row in rows], 0, [], [(0.0, 0, 0.0)]
+
+    def reset(self, *_: int) -> None:
+        self.obs = self.rows[0].obs
+
+    def step(self, _: Any, running: Any = None) -> tuple[np.ndarray, ...]:
+        row = self.rows.pop(0)
+        assert running is None or running.tolist() == row.mask.tolist()
+        self.steps, self.obs = self.steps + row.mask.sum(), self.rows[0].obs if self.rows else None
+        return row.rewards, row.next_obs, row.terminated, row.terminated | row.truncated, row.rewards
+
+
 def linear(table: Tensor) -> nn.Linear:
     """A bias-free layer that gives row i of `table` for the i-th one-hot observation; its weight is the transpose."""
     layer = nn.Linear(*table.shape, bias=False, dtype=torch.float64)
@@ -163,4 +179,15 @@ class TabularEnv(gym.Env):
         return self._obs(), float(REWARD[step]), bool(TERMINATES[step]), self.t == self.mdp.horizon, {}
 
 
+def box_env() -> gym.Env:
+    """With some function of two numbers for an action."""
+    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(np.sin(action.sum()) > 0), BOX)
+
+
+DISCRETE = gym.spaces.Discrete(A)
+BOX = gym.spaces.Box(np.float32([-1, 0]), np.float32([3, 10]))  # not symmetric, and not of one width
+SPACES = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
+LONG = {"horizon": 5, "start": (0.0, 1.0, 0.0), "timed": True}  # 18 rows
 gym.register("Tabular-v0", entry_point=TabularEnv)
+gym.register("TabularDiscrete-v0", entry_point=TabularEnv, kwargs=LONG)
+gym.register("TabularBox-v0", entry_point=box_env)

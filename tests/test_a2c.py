@@ -1,9 +1,10 @@
-"""Proves that a2c.py takes the step that it says: alone, as PPO restricted, with workers, and under torchrun.
+"""Proves that a2c.py takes the step that it says: alone, with workers, and under torchrun.
 
-Environments write down what happens. Whole runs are done again by a second road: loops, torch.distributions,
-one parameter after the other. A3C's worker runs in this process, where its lock is watched, and in its own.
+A3C's environments write down what happens. Its worker runs in this process, where its lock is watched, and in
+its own.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -23,13 +24,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from second_road import as_seen, close, distribution, lambda_loop, new_agent, watch
+from tabular import SPACES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributions import Categorical, Normal
 
 import a2c
-import ppo
 
-SPACES = {"Gaussian": spaces.Box(-np.inf, np.inf, (1,)), "Categorical": spaces.Discrete(3)}
 NORMALIZE = {"normalize_obs": True, "normalize_advantages": True, "normalize_rewards": True}
 
 
@@ -46,9 +46,10 @@ class Recorder(gym.Env):
 
     copies, hook, stop = [], None, None  # of this process; called before a step; stops there
 
-    def __init__(self, kind):
-        self.observation_space, self.action_space = spaces.Box(-np.inf, np.inf, (2,)), SPACES[kind]
-        self.path, self.taken = os.environ.get("RECORD", os.devnull), []
+    observation_space, action_space = (spaces.Box(-np.inf, np.inf, (n,)) for n in (2, 1))
+
+    def __init__(self):
+        self.path, self.taken = os.environ.get("RECORD", os.devnull), 0
         self.copies.append(self)
 
     def write(self, *what):
@@ -65,7 +66,7 @@ class Recorder(gym.Env):
         return self.obs, {}
 
     def step(self, action):
-        if len(self.taken) == Recorder.stop:
+        if self.taken == Recorder.stop:
             raise InterruptedError
         if Recorder.hook:
             Recorder.hook(self)
@@ -73,11 +74,10 @@ class Recorder(gym.Env):
         push, noise = float(np.tanh(np.sum(action) - 1)), self.np_random.normal(size=2)
         self.obs = (0.6 * before + [push, 0.5] * noise + [1, 2]).astype(np.float32)
         result = self.obs, float(5 * before[0] * push + noise[0]), bool(self.obs[1] > 5.5), self.length == 9
-        self.total += result[1]
-        self.taken.append((before, action, *result))
+        self.total, self.taken = self.total + result[1], self.taken + 1
         self.write("step", before.tolist(), self.total, any(result[2:]))
         when, how = os.environ.get("STRIKE", "0 none").split()
-        if len(self.taken) == int(when) and os.environ.get("RANK", "1") == "1":
+        if self.taken == int(when) and os.environ.get("RANK", "1") == "1":
             with suppress(FileExistsError), open(self.path + ".struck", "x"):
                 if how == "raise":
                     raise RuntimeError("the environment broke")
@@ -85,15 +85,14 @@ class Recorder(gym.Env):
         return *result, {}
 
 
-for name in SPACES:
-    gym.register(f"{name}-v0", "test_a2c:Recorder", kwargs={"kind": name})
+gym.register("Recorder-v0", "test_a2c:Recorder")
 
 
-def train(run_dir, module=a2c, **flags):
+def train(run_dir, **flags):
     short = {"eval_episodes": 0, "checkpoint_every": 0, "num_envs": 4, "num_steps": 8, "hidden_size": 16}
-    short |= {"env_id": "test_a2c:Gaussian-v0", "run_dir": str(run_dir)} | flags
+    short |= {"env_id": "test_a2c:Recorder-v0", "run_dir": str(run_dir)} | flags
     Recorder.copies.clear()
-    return module.train(module.Args(device="cpu", **short))
+    return a2c.train(a2c.Args(device="cpu", **short))
 
 
 def saved(run_dir):
@@ -107,134 +106,49 @@ def assert_same(*run_dirs, tolerance=0.0):
         torch.testing.assert_close(one[part], two[part], rtol=tolerance, atol=tolerance)
 
 
-def taken(copies, start, stop):
-    """What these environments did: obs, actions, next_obs, rewards, terminated, cut, all (T, N, ...)."""
-    steps = zip(*(zip(*env.taken[start:stop], strict=True) for env in copies), strict=True)
-    return [torch.from_numpy(np.array(x)).transpose(0, 1) for x in steps]
+ALL = {"optimizer": "adam", **NORMALIZE}
+KINDS = [{"normalize_rewards": False, "anneal_lr": False}, {"max_grad_norm": 1e9, **NORMALIZE}, ALL]
 
 
-# -- the step of A2C -----------------------------------------------------------------------------------------
-
-
-def new_agent(kind, **flags):
-    envs = SimpleNamespace(obs_dim=2, action_dim=spaces.flatdim(SPACES[kind]), discrete=kind == "Categorical")
-    return a2c.Agent(envs, a2c.Args(**flags))
-
-
-def reference_loss(agent, obs, actions, advantages, returns, args):
-    """The loss, sample by sample, and what is logged of it."""
-    z = agent.actor(agent.obs_norm(obs))
-    pi = Categorical(logits=z) if agent.discrete else Normal(z[..., 0], agent.log_std.exp())
-    weighed = pi.log_prob(actions if agent.discrete else actions[..., 0]) * advantages
-    values = agent.critic(agent.obs_norm(obs)).flatten()
-    policy_loss, entropy = -sum(weighed.flatten()) / len(values), pi.entropy().mean()
-    value_loss = sum((v - g) ** 2 for v, g in zip(values, returns.flatten(), strict=True)) / len(values)
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, [policy_loss, value_loss, entropy]
-
-
-def reference_gradient(agent, obs, actions, next_obs, rewards, terminated, cut, args):
-    """Leaves in `agent` the clipped gradient of a rollout, by double loops; returns what was logged."""
-    values, next_values = (agent.critic(agent.obs_norm(x)).detach()[..., 0] for x in (obs, next_obs))
-    advantages, length = torch.zeros_like(values), len(values)
-    for t, i in reversed(list(np.ndindex(*values.shape))):
-        ahead = 0.0 if terminated[t, i] else args.gamma * next_values[t, i]
-        goes_on = t + 1 < length and not terminated[t, i] and not cut[t, i]
-        later = args.gamma * args.gae_lambda * advantages[t + 1, i] if goes_on else 0.0
-        advantages[t, i] = rewards[t, i] + ahead - values[t, i] + later
-    returns = advantages + values
-    explained = 1 - np.var(advantages.numpy()) / np.var(returns.numpy())
-    if args.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / advantages.numpy().std()
-    agent.zero_grad()
-    loss, metrics = reference_loss(agent, obs, actions, advantages, returns, args)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    return [*(x.item() for x in (*metrics, norm)), explained]
-
-
-@pytest.mark.parametrize("kind", SPACES)
-def test_loss_its_gradient_and_metrics(kind):
-    torch.manual_seed(0)
-    agent, args = new_agent(kind, hidden_size=8).double(), a2c.Args(vf_coef=0.3, ent_coef=0.2)
-    for param in agent.parameters():
-        param.data = 0.7 * torch.randn(param.shape, dtype=torch.float64)
-    obs, (advantages, returns) = torch.randn(5, 3, 2).double(), 2 * torch.randn(2, 5, 3).double() + 1
-    actions = torch.randint(3, (5, 3)) if agent.discrete else torch.randn(5, 3, 1).double()
-    ours, theirs = (f(agent, obs, actions, advantages, returns, args) for f in (a2c.a2c_loss, reference_loss))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    grads = (torch.autograd.grad(loss, list(agent.parameters())) for loss, _ in (ours, theirs))
-    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-    for wrong in ((advantages.unsqueeze(-1), returns), (advantages, returns[:1]), (advantages.T, returns.T)):
-        with pytest.raises(AssertionError):
-            a2c.a2c_loss(agent, obs, actions, *wrong, args)
-
-
-PLAIN, ALL = {"normalize_rewards": False, "anneal_lr": False}, {"optimizer": "adam", **NORMALIZE}
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"), [("Gaussian", PLAIN), ("Gaussian", ALL), ("Categorical", NORMALIZE)], ids=str
-)
-def test_a_run_by_a_second_road(kind, more, tmp_path):
-    """Statistics come from the whole past, the noise from a generator that starts with the same seed."""
-    flags = {"total_timesteps": 320, "hidden_size": 16, "gamma": 0.9, "gae_lambda": 0.8, "ent_coef": 0.1}
-    flags |= more
-    logged = train(tmp_path, env_id=f"test_a2c:{kind}-v0", log_interval=1, **flags)
-    args, past, discounted, so_far = a2c.Args(**flags), [], [], np.zeros(4)
-    torch.manual_seed(args.seed)
-    agent = new_agent(kind, **flags)
+@SPACES
+@pytest.mark.parametrize("more", KINDS, ids=lambda more: "-".join(more))
+def test_a_run_by_a_second_road(space, more):
+    """Loops, separate parameters, backward(); shapes that would broadcast are refused."""
+    flags = {"total_timesteps": 320, "num_envs": 4, "num_steps": 8, "gamma": 0.9, "gae_lambda": 0.8, **more}
+    flags |= {"env_id": f"Tabular{type(space).__name__}-v0", "device": "cpu", "ent_coef": 0.1}
+    args = a2c.Args(**flags)
+    agent = new_agent(a2c, space, normalize_obs=args.normalize_obs)
+    other = copy.deepcopy(agent)
     optimizers = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
-    optimizer = optimizers[args.optimizer](agent.parameters(), eps=1e-5)
-    for k in range(10):
-        obs, actions, next_obs, rewards, terminated, cut = taken(Recorder.copies[:4], 8 * k, 8 * k + 8)
-        noise, z = torch.from_numpy(agent.noise(8, 4)), agent.actor(agent.obs_norm(obs)).detach()
-        expected = (z + noise).argmax(-1) if agent.discrete else z + agent.log_std.detach().exp() * noise
-        torch.testing.assert_close(actions, expected.to(actions.dtype), rtol=1e-5, atol=1e-5)
-        for reward, done in zip(rewards.numpy(), (terminated | cut).numpy(), strict=True):
-            so_far = reward + args.gamma * so_far
-            discounted += [*so_far]
-            so_far = so_far * ~done
-        rewards /= np.sqrt(np.var(discounted) + 1e-8) if args.normalize_rewards else 1
-        metrics = reference_gradient(agent, obs, actions, next_obs, rewards, terminated, cut, args)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / 10 if args.anneal_lr else 1)
+    optimizer = optimizers[args.optimizer](other.parameters(), eps=1e-5)
+    iterations, clipped = watch(a2c, agent, "a2c_loss", args), 0
+    assert len(iterations) == 10
+    for k, iteration in enumerate(iterations):
+        optimizer.param_groups[0]["lr"] = rate = args.learning_rate * (1 - k / 10 * args.anneal_lr)
+        close(iteration.rates, [rate, rate])
+        now = as_seen(args, other, iterations, k)
+        values, next_values = (other.critic(x)[..., 0] for x in (now.obs, now.next_obs))
+        arrays = now.rewards, values, next_values, now.terminated, now.dones
+        advantages = torch.from_numpy(lambda_loop(*(x.detach().numpy() for x in arrays), 0.9, 0.8))
+        returns = advantages + values.detach()
+        explained = 1 - np.var(advantages.numpy()) / np.var(returns.numpy())
+        if args.normalize_advantages:
+            advantages = (advantages - advantages.mean()) / advantages.numpy().std()
+        pi, value_loss = distribution(other, now.obs), (values - returns).square().mean()
+        policy_loss, entropy = -(pi.log_prob(now.actions) * advantages).mean(), pi.entropy().mean()
+        optimizer.zero_grad()
+        (policy_loss + 0.5 * value_loss - 0.1 * entropy).backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), args.max_grad_norm)
+        clipped += norm > args.max_grad_norm
         optimizer.step()
-        past += [*obs.reshape(-1, 2).double().numpy()]
-        if args.normalize_obs:
-            agent.obs_norm.mean.copy_(torch.from_numpy(np.mean(past, 0)))
-            agent.obs_norm.scale.copy_(torch.from_numpy(1 / np.sqrt(np.var(past, 0) + 1e-8)))
-    state = saved(tmp_path)
-    for name, x in [*agent.named_parameters(), *([] if agent.discrete else [("log_std", agent.log_std)])]:
-        torch.testing.assert_close(state["agent"][name], x.data, rtol=1e-4, atol=2e-5, msg=name)
-    ours = [logged[tag] for tag in (*a2c.METRICS, "charts/learning_rate")]
-    np.testing.assert_allclose(ours, [*metrics, optimizer.param_groups[0]["lr"]], rtol=1e-3, atol=1e-4)
-    assert state["optimizer"]["state"][0]["step"] == 10
-
-
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
-def test_is_ppo_with_one_step_a_rollout(optimizer, tmp_path, monkeypatch):
-    flags = {"total_timesteps": 320, "learning_rate": 1e-3, "gae_lambda": 0.9, "ent_coef": 0.01}
-    flags |= NORMALIZE | {"normalize_advantages": False}
-    ours = train(tmp_path / "a2c", optimizer=optimizer, log_interval=1, **flags)
-    monkeypatch.setattr(torch, "randperm", torch.arange)  # a shuffle of all changes nothing, but would draw
-    if optimizer == "rmsprop":
-        rmsprop = torch.optim.RMSprop
-        monkeypatch.setattr(torch.optim, "Adam", lambda params, fused, **more: rmsprop(params, **more))
-    theirs = train(tmp_path / "ppo", ppo, update_epochs=1, num_minibatches=1, clip_coef=1e9, **flags)
-    assert_same(tmp_path / "a2c", tmp_path / "ppo", tolerance=1e-5)
-    for tag in ("losses/value_loss", "losses/entropy", "losses/grad_norm", "losses/explained_variance"):
-        assert ours[tag] == pytest.approx(theirs[tag], rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_run_is_the_eager_one(tmp_path):
-    for name in ("eager", "compiled"):
-        train(tmp_path / name, compile=name == "compiled", total_timesteps=96, **NORMALIZE)
-    assert_same(tmp_path / "eager", tmp_path / "compiled", tolerance=1e-5)
-
-
-# -- A3C in this process -------------------------------------------------------------------------------------
+        expected = [x.item() for x in (policy_loss, value_loss, entropy, norm)]
+        expected = dict(zip(a2c.METRICS, [*expected, explained], strict=True))
+        assert iteration.metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    close(tuple(agent.parameters()), tuple(other.parameters()), 1e-5)
+    assert (clipped > 0) == (args.max_grad_norm < 1)
+    for wrong in ((advantages[..., None], returns), (advantages, returns[:1]), (advantages.T, returns.T)):
+        with pytest.raises(AssertionError):
+            a2c.a2c_loss(agent, now.obs, now.actions, *wrong, args)
 
 
 @pytest.fixture
@@ -289,7 +203,7 @@ def test_a_worker_computes_at_its_copy_and_changes_what_is_shared_under_the_lock
     def others(env):
         assert not here.lock.locked()
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        if disturbed and len(env.taken) == 5 and env is Recorder.copies[7]:
+        if disturbed and env.taken == 5 and env is Recorder.copies[7]:
             (theta,) = here.optimizer.param_groups[0]["params"]
             theta.data += torch.linspace(-1, 1, len(theta))
             update(here.agent.obs_norm, torch.full((7, 2), 3.0))
@@ -306,44 +220,37 @@ def test_a_worker_computes_at_its_copy_and_changes_what_is_shared_under_the_lock
         torch.testing.assert_close(y, x + change, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("real", [False, True], ids=["here", "process"])
-def test_one_worker_is_the_synchronous_run(real, tmp_path, request):
-    flags = {"optimizer": "rmsprop" if real else "adam", "total_timesteps": 320, **NORMALIZE}
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_one_worker_is_the_synchronous_run(optimizer, tmp_path, here):
+    flags = {"optimizer": optimizer, "total_timesteps": 320, **NORMALIZE}
     train(tmp_path / "synchronous", **flags)
-    real or request.getfixturevalue("here")
     train(tmp_path / "asynchronous", asynchronous=True, num_workers=1, **flags)
     assert_same(tmp_path / "synchronous", tmp_path / "asynchronous")
 
 
 def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path, monkeypatch):
+    """Run 3 is stopped at once: steps that nobody has reported count, too."""
     noise, drawn, seeds = a2c.Agent.noise, [], []
     Recorder.stop = 8
     monkeypatch.setattr(a2c.Agent, "noise", lambda *given: drawn.append(noise(*given)) or drawn[-1])
-    for seed, resume, step in ((1, False, 64), (1, True, 128), (2, False, 64)):
-        train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume)
+    for seed, resume, step in ((1, 0, 64), (1, 1, 128), (2, 0, 64), (3, 0, 64), (3, 1, 128)):
+        stops = seed == 3 and not resume
+        here.prepare = lambda stops=stops: stops and os.kill(os.getpid(), signal.SIGTERM)
+        with suppress(SystemExit):
+            train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume > 0)
         assert saved(tmp_path / str(seed))["step"] == step
         assert saved(tmp_path / str(seed))["optimizer"]["state"][0]["step"] == step / 32
         seeds += [env.seed for env in Recorder.copies[4:12]]
-    here.prepare = lambda: os.kill(os.getpid(), signal.SIGTERM)  # steps that nobody has reported count, too
-    with pytest.raises(SystemExit, match=r"^143$"):
-        train(tmp_path / "3", asynchronous=True, num_workers=2, seed=3)
-    assert saved(tmp_path / "3")["step"] == 64
-    seeds += [env.seed for env in Recorder.copies[4:12]]
-    here.prepare = lambda: None
-    train(tmp_path / "3", asynchronous=True, num_workers=2, seed=3, resume=True)
-    seeds += [env.seed for env in Recorder.copies[4:12]]
     assert len(set(seeds)) == 5 * 2 * 4
     assert np.shape(drawn) == (5 * 2 * 2, 8, 4, 1)  # the second rollout was interrupted
     assert len(np.unique(drawn)) > 0.99 * np.size(drawn)
 
 
-# -- several processes ---------------------------------------------------------------------------------------
-
 TWO = {"asynchronous": True, "num_workers": 2, "num_envs": 2, "num_steps": 2, **NORMALIZE}
 
 
 def start(flags, *words, cwd, **environ):
-    flags = {"hidden_size": 16, "env_id": "test_a2c:Gaussian-v0", "device": "cpu", "eval_episodes": 0} | flags
+    flags = {"hidden_size": 16, "env_id": "test_a2c:Recorder-v0", "device": "cpu", "eval_episodes": 0} | flags
     line = [sys.executable, *words, a2c.__file__]
     for name, value in flags.items():
         line += [f"--{name}".replace("_", "-"), *[str(value)] * (value is not True)]
@@ -363,12 +270,12 @@ def assert_gone(record):
 def test_two_workers_lose_nothing(tmp_path, monkeypatch):
     """Counts and statistics are those of all that their environments did; each episode is logged once."""
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    train(tmp_path / "run", total_timesteps=2000, log_interval=1, **TWO)
+    train(tmp_path / "run", total_timesteps=800, log_interval=1, **TWO)
     state, found = saved(tmp_path / "run"), [x for x in records(tmp_path / "record") if x[0] != os.getpid()]
     steps, seeds = [x[3:] for x in found if x[2] == "step"], [x[3] for x in found if x[2] == "reset" and x[3]]
     assert len({pid for pid, _, what, *_ in found if what == "step"}) == 2
     assert len(set(seeds)) == len(seeds) == 4
-    assert state["step"] == len(steps) in (2000, 2004)
+    assert state["step"] == len(steps) in (800, 804)
     assert state["iteration"] == state["optimizer"]["state"][0]["step"] == state["step"] / 4
     assert state["agent"]["obs_norm.count"][0] == state["return_norm"]["count"] == state["step"]
     np.testing.assert_allclose(state["agent"]["obs_norm.mean64"], np.mean([obs for obs, *_ in steps], 0))
@@ -400,7 +307,7 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path, here):
     record, flags = tmp_path / "record", TWO | {"total_timesteps": 10**6, "checkpoint_every": 0}
     flags |= {"run_dir": str(tmp_path / "run"), "resume": True}
     with start(flags, cwd=tmp_path, RECORD=str(record)) as child:
-        while not record.exists() or len(records(record)) < 1000:
+        while not record.exists() or len(records(record)) < 400:
             assert child.poll() is None
             time.sleep(0.02)
         os.killpg(child.pid, signal.SIGTERM)  # as Ctrl-C in a terminal: to the workers, too
@@ -430,7 +337,7 @@ def test_torchrun_is_the_single_process(tmp_path):
         out, err = child.communicate(timeout=120)
     assert child.returncode != 0
     assert out.count("from step 0") == 1
-    (run_dir,) = (tmp_path / "runs/test_a2c:Gaussian-v0/a2c").iterdir()
+    (run_dir,) = (tmp_path / "runs/test_a2c:Recorder-v0/a2c").iterdir()
     assert f"a2c: stopped at step 96; add --run-dir {run_dir.relative_to(tmp_path)}" in err
     assert saved(run_dir)["step"] == 96
     with start(flags | {"run_dir": run_dir, "resume": True}, *torchrun, cwd=tmp_path, **environ) as child:

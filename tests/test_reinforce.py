@@ -8,20 +8,17 @@ programming. Real runs are retraced by explicit sums over steps, backward() and 
 
 import copy
 import math
-import signal
-import tempfile
-from collections import Counter, namedtuple
+from collections import Counter
 from functools import cache
 from itertools import combinations_with_replacement, product
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from tabular import MDP, A, Batch, S, TabularEnv, linear
-from torch.distributions import Categorical, Independent, Normal
+from second_road import as_seen, close, distribution, new_agent, vector, watch
+from tabular import DISCRETE, MDP, SPACES, A, Given, S, linear
 
 import reinforce
 
@@ -34,75 +31,10 @@ IMPORTANCES = ("trajectory", "causal", "first_order")
 GROUPED = ("average", "optimal", "time")  # the baselines that need other episodes
 # Groups of n trajectories are listed on ever smaller problems: 42 single ones, 136 pairs, 84 triples
 MDPS = {1: MDP(horizon=3), 2: MDP(horizon=2), 3: MDP(horizon=2, start=(0.0, 1.0, 0.0))}
-LONG = {"horizon": 5, "start": (0.0, 1.0, 0.0), "timed": True}
 CHOICES = list(product(WEIGHTS, DISCOUNTS, ("none", *GROUPED, "value")))
-DISCRETE, BOX = spaces.Discrete(2), spaces.Box(-1, 3, (1,))
-SPACES = pytest.mark.parametrize("space", [DISCRETE, BOX], ids=["discrete", "box"])
-
-def close(actual, expected, tolerance=1e-10):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-def vector(tensors):
-    return torch.cat([x.detach().flatten() for x in tensors])
-
-# What reinforce_loss got first (obs, actions, old_logprobs, advantages, mask), minus what the optimiser
-# got (the estimate of ∇J), metrics, learning rates in the optimiser and the log, steps so far
-Iteration = namedtuple("Iteration", "batch gradient metrics rates steps")
-
-class Given:
-    """In place of Envs: these batches of episodes, one for each iteration, in float64."""
-
-    def __init__(self, batches):
-        rows = ([x[t].numpy() for x in batch] for batch in batches for t in range(len(batch.obs)))
-        self.rows, self.steps, self.ended = [Batch(*row) for row in rows], 0, []
-
-    def reset(self, *_):
-        self.obs = self.rows[0].obs
-
-    def step(self, _, running):
-        row = self.rows.pop(0)
-        assert running.tolist() == row.mask.tolist()
-        self.steps, self.obs = self.steps + row.mask.sum(), self.rows[0].obs if self.rows else None
-        return row.rewards, row.next_obs, row.terminated, row.terminated | row.truncated, row.rewards
-
-def watched_train(agent, envs, **flags):
-    """What the shipped train() does, an iteration each, with this agent and this class of environments."""
-    batches, iterations = [], []
-    loss, end_iteration = reinforce.reinforce_loss, reinforce.Run.end_iteration
-
-    def spy_loss(agent, *batch):
-        batches.append(batch[:5])
-        return loss(agent, *batch)
-
-    def spy_end(run, metrics, rate):
-        (group,) = run.parts["optimizer"].param_groups
-        floats, rates = {name: float(value) for name, value in metrics.items()}, (group["lr"], rate)
-        iterations.append(Iteration(batches[0], -group["params"][0].grad, floats, rates, int(run.envs.steps)))
-        batches.clear()
-        end_iteration(run, metrics, rate)
-
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reinforce, "Agent", lambda *_: agent)
-        patch.setattr(reinforce, "Envs", envs)
-        patch.setattr(reinforce, "reinforce_loss", spy_loss)
-        patch.setattr(reinforce.Run, "end_iteration", spy_end)
-        patch.setattr(reinforce.Run, "evaluate", lambda run: None)
-        patch.setattr(reinforce.Run, "log", lambda *_: None)  # slow
-        reinforce.train(reinforce.Args(**flags | {"run_dir": directory, "device": "cpu", "gamma": GAMMA}))
-    return iterations
-
-def random_agent(obs_dim, space, **flags):
-    """In float64, with parameters that are all far from 0, so that no part of a formula can hide."""
-    envs = SimpleNamespace(obs_dim=obs_dim, action_dim=spaces.flatdim(space), discrete=space is DISCRETE)
-    torch.manual_seed(0)
-    agent = reinforce.Agent(envs, reinforce.Args(hidden_size=5, log_std_init=-0.3, **flags)).double()
-    for parameter in agent.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return agent
 
 def tabular_agent(theta):
-    agent = random_agent(S, DISCRETE)
+    agent = new_agent(reinforce, DISCRETE, S)
     agent.actor, agent.critic = linear(theta), linear(WRONG_V)
     return agent
 
@@ -119,10 +51,11 @@ def shipped(weight, discount_from, baseline, n):
     flags = {"weight": weight, "discount_from": discount_from, "baseline": baseline, "num_envs": n}
     flags |= {"learning_rate": 0.0, "critic_learning_rate": 0.0, "critic_epochs": 1}
     flags["total_timesteps"] = int(sum(row.mask.sum() for row in envs.rows))
-    iterations = watched_train(agent, lambda *_: envs, **flags)
-    grads = torch.stack([iteration.gradient.reshape(A, S).T for iteration in iterations])
+    args = reinforce.Args(device="cpu", gamma=GAMMA, **flags)
+    iterations = watch(reinforce, agent, "reinforce_loss", args, lambda *_: envs)
+    grads = torch.stack([-iteration.gradients[0].reshape(A, S).T for iteration in iterations])
     probabilities = torch.tensor(orders).double() * single[torch.tensor(groups)].prod(1)
-    return probabilities, grads, [iteration.batch for iteration in iterations]
+    return probabilities, grads, [iteration.batches[0][0][:-1] for iteration in iterations]
 
 def off_policy(batches, theta, importance):
     """The estimates of ∇J at theta from the same batches, (groups, S, A)."""
@@ -189,38 +122,13 @@ def test_optimal_baseline_has_the_least_variance_of_all_constants(weight):
     scores, grads = torch.tensor([[1], [2e-4]]), torch.tensor([[1], [6e-4]])  # ratios 1 and 3, in float32,
     close(reinforce.optimal_baseline(scores, grads), [3, 1], 1e-3)  # where a sum minus the own term fails
 
-def distribution(agent, obs):
-    z = agent.actor(obs)
-    return Categorical(logits=z) if agent.discrete else Independent(Normal(z, agent.log_std.exp()), 1)
-
-@SPACES
-def test_formulas_by_hand(space):
-    """Importance weights; weights are constants, and if they are 1 the gradient is that of cloning; noise."""
-    logratio = torch.tensor([[0.5, -1.0], [0.25, 2.0], [-2.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    exponents = {"trajectory": [[-1.25, 1.0]] * 3, "causal": [[0.5, -1.0], [0.75, 1.0], [-1.25, 1.0]]}
-    for importance in IMPORTANCES:
-        weights = reinforce.importance_weights(logratio, importance)
-        close(weights, torch.tensor(exponents.get(importance, logratio.tolist())).double().exp())
-        assert not weights.requires_grad
-    loss = reinforce.pseudo_loss(logratio, logratio)
-    close(torch.autograd.grad(loss, logratio)[0], -logratio / 2)  # though the weights would have one, too
-    agent, obs = random_agent(2, space), torch.randn(4, 5, 2).double()
-    actions = torch.randint(2, (4, 5)) if agent.discrete else torch.randn(4, 5, 1).double()
-    for loss, *rest in ((reinforce.pseudo_loss, obs[..., 0]), (reinforce.critic_loss, agent, obs)):
+def test_weights_are_constants_and_shapes_and_flags_are_checked():
+    agent, x = new_agent(reinforce, DISCRETE, 2), torch.randn(4, 5).double()
+    (grad,) = torch.autograd.grad(reinforce.pseudo_loss(x.requires_grad_(), x), x)
+    close(grad, -x / 5)
+    for loss, *rest in ((reinforce.pseudo_loss, x), (reinforce.critic_loss, agent, x[:, :2])):
         with pytest.raises(AssertionError):
-            loss(*rest, obs[:1, :, 0])
-    params, (logprobs, _) = list(agent.actor.parameters()), agent.policy(obs, actions)
-    likelihood = distribution(agent, obs).log_prob(actions).sum() / 5
-    grads = torch.autograd.grad(reinforce.pseudo_loss(logprobs, torch.ones_like(logprobs)), params)
-    for grad, expected in zip(grads, torch.autograd.grad(likelihood, params), strict=True):
-        close(-grad, expected)
-    n, noise = 100_000, torch.from_numpy(agent.noise(150_000))  # makes samples of the policy
-    if agent.discrete:
-        probs = torch.tensor([0.3, 0.6, 0.1])
-        close((probs.log() + noise.reshape(n, 3)).argmax(-1).bincount() / n, probs, 2 / math.sqrt(n))
-    else:
-        for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-            close((noise**power).mean(), moment, 4 * math.sqrt(spread / n))
+            loss(*rest, x[:1])
     for baseline in GROUPED:
         with pytest.raises(ValueError, match=f"--baseline {baseline} .*--num-envs"):
             reinforce.Args(num_envs=1, baseline=baseline)
@@ -244,12 +152,7 @@ class Target(gym.Env):
     def step(self, action):
         return self.x, -float((action - self.best(self.x)).item() ** 2), True, False, {}
 
-def either():
-    return gym.wrappers.TransformAction(TabularEnv(**LONG), lambda action: int(action[0] > 1), BOX)
-
-gym.register("reinforce/Discrete-v0", TabularEnv, kwargs=LONG)
-gym.register("reinforce/Box-v0", either)
-gym.register("reinforce/TargetBox-v0", Target, kwargs={"space": BOX})
+gym.register("reinforce/TargetBox-v0", Target, kwargs={"space": spaces.Box(-1, 3, (1,))})
 gym.register("reinforce/TargetDiscrete-v0", Target, kwargs={"space": spaces.Discrete(2, start=5)})
 
 def real_train(tmp_path, **flags):
@@ -288,40 +191,22 @@ CHANGES += [{"normalize_obs": True, "normalize_advantages": True, "critic_epochs
 def test_a_run_can_be_retraced_by_a_second_road(space, changes):
     """Each environment runs one whole episode, from a fresh reset; then steps of policy and critic."""
     flags = {"num_envs": 4, "total_timesteps": 60, "critic_epochs": 2, "learning_rate": 0.02} | changes
-    args = reinforce.Args(env_id=f"reinforce/{type(space).__name__}-v0", **flags)
-    agent = random_agent(18, space, normalize_obs=args.normalize_obs)
-    other, draw, noise, taken = copy.deepcopy(agent), agent.noise, [], []
-    seen, start = torch.zeros(0, 18).double(), 0
-
-    class Envs(reinforce.Envs):  # in float64
-        def reset(self, *stream):
-            super().reset(*stream)
-            self.obs = self.obs.astype(float)
-
-        def step(self, actions, running):
-            rewards, *rest = super().step(actions, running)
-            taken.append((rewards.astype(float), rest[2], running))
-            return rewards.astype(float), *rest
-
-    agent.noise = lambda *shape: noise.append(draw(*shape)) or noise[-1]
-    iterations = watched_train(agent, Envs, **vars(args))
+    args = reinforce.Args(env_id=f"Tabular{type(space).__name__}-v0", device="cpu", gamma=GAMMA, **flags)
+    agent = new_agent(reinforce, space, normalize_obs=args.normalize_obs)
+    other, start = copy.deepcopy(agent), 0
+    iterations = watch(reinforce, agent, "reinforce_loss", args)
     params = [x for name, x in other.named_parameters() if not name.startswith("critic")]
     actor = torch.optim.Adam(params, eps=1e-5)
     critic = torch.optim.Adam(other.critic.parameters(), args.critic_learning_rate, eps=1e-5)
-    assert len(noise) == len(iterations) > 3
-    for iteration, draws in zip(iterations, noise, strict=True):
-        obs, actions, _, given, mask = iteration.batch
-        T, lengths = len(obs), mask.sum(0).tolist()
-        rewards, dones, running = (torch.from_numpy(np.array(x)) for x in zip(*taken[:T], strict=True))
-        del taken[:T]
+    assert len(iterations) > 3
+    for k, iteration in enumerate(iterations):
+        obs, actions, _, given, mask, _ = iteration.batches[0][0]
+        T, lengths, now = len(obs), mask.sum(0).tolist(), as_seen(args, other, iterations, k)
+        x, _, rewards, _, _, dones, _, running, _ = now
         close(torch.stack([running, dones]), torch.stack([mask, mask & (mask.cumsum(0) == mask.sum(0))]))
         assert (obs.argmax(-1) // S == torch.arange(T)[:, None])[mask].all()  # the time that the state shows
-        var, mean = torch.var_mean(seen, 0, correction=0) if len(seen) else torch.zeros(2, 18)
-        x = ((obs - mean) / torch.where(var > 0, var + 1e-8, 1.0).sqrt()).clip(-10, 10)
-        pi, n = distribution(other, x), torch.from_numpy(draws[:T])  # each step has noise of its own
-        acted = (pi.logits + n).argmax(-1) if agent.discrete else pi.mean + other.log_std.exp() * n
-        close(actions[mask], acted[mask], 1e-6)
-        values, old, rows = other.critic(x).squeeze(-1).detach(), pi.log_prob(actions), []
+        values, rows = other.critic(x).squeeze(-1).detach(), []
+        old = distribution(other, x).log_prob(actions)
         advantages = by_hand(args, old, rewards, lengths, values.numpy(), params)
         if args.normalize_advantages:
             std, mean = torch.std_mean(advantages[mask], correction=0)
@@ -353,39 +238,22 @@ def test_a_run_can_be_retraced_by_a_second_road(space, changes):
             expected["losses/value_loss"] = error.square().mean().item()
             expected["losses/explained_variance"] = explained
         assert iteration.metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        seen, start = torch.cat([seen, obs[mask & args.normalize_obs]]), start + sum(lengths)
-        assert iteration.steps == start  # only those that were taken
-    close(vector(agent.parameters()), vector(other.parameters()), 1e-6)
+        start += sum(lengths)  # only those that were taken
+    close(tuple(agent.parameters()), tuple(other.parameters()), 1e-6)
 
-def test_an_endless_episode_stops_on_a_signal_or_after_the_longest(tmp_path, monkeypatch, capsys):
-    def endless(env, action):
-        actions.append(action)
-        if len(actions) == 300:
-            signal.raise_signal(signal.SIGTERM)
-        return env._obs(), 1.0, False, False, {}
-
-    monkeypatch.setattr(TabularEnv, "step", endless)
-    for longest, code, sentence in ((1000, 143, "stopped at step 0"), (200, 2, "has not ended after 200")):
-        monkeypatch.setattr(reinforce, "LONGEST", longest)
-        actions = []
-        with pytest.raises(SystemExit) as stopped:
-            real_train(tmp_path / str(code), env_id="Tabular-v0", num_envs=1, baseline="none")
-        assert (stopped.value.code, sentence in capsys.readouterr().err) == (code, True)
-        assert (tmp_path / str(code) / "run" / "checkpoint.pt").exists() == (code == 143)
-        assert actions[:72] != actions[128:200]  # however long, each step has noise of its own
-
-@SPACES
-def test_demonstrations_are_cloned_once(space, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["Discrete", "Box"])
+def test_demonstrations_are_cloned_once(kind, tmp_path, monkeypatch, capsys):
     """In the environment's units, all rows of the file, before any reward is used; a bad file is refused."""
-    name, file = f"reinforce/Target{type(space).__name__}-v0", tmp_path / "file.npz"
+    name, file = f"reinforce/Target{kind}-v0", tmp_path / "file.npz"
     flags = {"env_id": name, "demonstrations": str(file), "normalize_obs": True, "total_timesteps": 1}
     x = np.linspace(-0.5, 0.5, 600)[:, None]
     good = {"obs": x, "actions": gym.make(name).unwrapped.best(x)}
     np.savez(file, **good)
     half, word, actions = file.read_bytes()[:1000], np.full((600, 1), "x"), good["actions"]
     bad = [{"obs": x}, *(good | {"obs": y} for y in (x[:7], word, x[..., None], x[:0], x * np.nan))]
-    bad += [good | {"actions": y} for y in (actions[:7], word, np.array([actions]), actions[:0], actions * np.nan)]
-    for data in (b"", b"hello", half, *bad, *[good | {"actions": actions + 2}] * (space is DISCRETE)):
+    wrong = actions[:7], word, np.array([actions]), actions[:0], actions * np.nan
+    bad += [good | {"actions": y} for y in wrong]
+    for data in (b"", b"hello", half, *bad, *[good | {"actions": actions + 2}] * (kind == "Discrete")):
         if isinstance(data, bytes):
             file.write_bytes(data)
         else:
@@ -400,7 +268,3 @@ def test_demonstrations_are_cloned_once(space, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(reinforce, "clone", None)  # which would undo what a resumed run has learnt
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["agent"]["obs_norm.count"].unique() == 600 + 8
     assert float(capsys.readouterr().out.split("without any reward: return ")[1].split()[0]) > -0.06
-
-def test_learns_cartpole(tmp_path):
-    # a wrong sign gives 9, no learning 20
-    assert real_train(tmp_path, total_timesteps=12_000)["eval/episodic_return"] > 100

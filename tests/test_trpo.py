@@ -1,16 +1,16 @@
 """Proves what trpo.py adds to npg.py, and takes whole runs of both again with loops and a dense Fisher."""
-# ruff: noqa: B023, F401, F811  (closures that are called at once, fixtures of test_npg.py)
+# ruff: noqa: B023, F401  (closures that are called at once, a fixture of test_npg.py)
 
 import copy
 import math
-import tempfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tabular import MDP, linear
-from test_npg import close, dense_fisher, discrete, float64, params_of, policy, shipped_loss, vector
+from second_road import as_seen, close, distribution, lambda_loop, new_agent, vector, watch
+from tabular import BOX, MDP, SPACES, linear
+from test_npg import dense_fisher, float64, params_of, shipped_loss
 from torch.distributions import kl_divergence
 from torch.nn.utils import vector_to_parameters
 
@@ -96,35 +96,12 @@ def test_dual_ascent_by_hand():
         close(trpo.dual_ascent(torch.tensor(multiplier), torch.tensor(kl), 0.02, 10.0), expected)
 
 
-def follow(module, discrete, natural_gradient=None, **flags):
-    """The shipped train() in float64: its flags, the agent as it begins, and a record of each iteration."""
-    begin, end, randperm = module.Run.start, module.Run.end_iteration, torch.randperm
-    steps, noises, orders, records = [], [], [], []
-
-    def start(run, args, envs, agent, **parts):
-        begin(run, args, envs, agent=agent, **parts)
-        step, noise, envs.obs = envs.step, agent.noise, envs.obs.astype(np.float64)
-        envs.step = lambda actions: steps.append((envs.obs, actions, *step(actions))) or steps[-1][2:]
-        agent.noise = lambda *shape: noises.append(noise(*shape)) or noises[-1]
-        for param in params_of(agent):
-            param.data.add_(0.3 * torch.randn_like(param))  # no part of a formula can hide
-        records.append(copy.deepcopy(agent))
-
-    def end_iteration(run, metrics, learning_rate):
-        batch = [torch.from_numpy(np.array(x)) for x in (noises[-1], *zip(*steps[-20:], strict=True))]
-        records.append((batch, orders[-2:], copy.deepcopy(run.parts["agent"]), metrics, learning_rate))
-        end(run, metrics, learning_rate)
-
-    tiny = {"env_id": "CartPole-v1" if discrete else "Pendulum-v1", "max_episode_steps": 12, "num_envs": 2}
-    tiny |= {"num_steps": 20, "total_timesteps": 160, "hidden_size": 3, "critic_epochs": 2}
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
-        patch.setattr(module.Run, "start", start)
-        patch.setattr(module.Run, "end_iteration", end_iteration)
-        patch.setattr(torch, "randperm", lambda n: orders.append(randperm(n)) or orders[-1])
-        patch.setattr(module, "natural_gradient", natural_gradient or module.natural_gradient)
-        args = module.Args(run_dir=directory, eval_episodes=0, device="cpu", **tiny | flags)
-        module.train(args)
-    return args, *records
+def follow(module, space, **flags):
+    """The flags, the agent as it begins, and what the shipped train() does."""
+    tiny = {"env_id": f"Tabular{type(space).__name__}-v0", "num_envs": 2, "num_steps": 20, "device": "cpu"}
+    args = module.Args(**tiny | {"total_timesteps": 160, "hidden_size": 3, "critic_epochs": 2} | flags)
+    agent = new_agent(module, space, hidden_size=3, normalize_obs=args.normalize_obs)
+    return args, copy.deepcopy(agent), watch(module, agent, "surrogate_loss", args)
 
 
 def reference_step(args, agent, x, measure, left, dual):
@@ -164,35 +141,28 @@ RUNS = [
 ]  # fmt: skip
 
 
+@SPACES
 @pytest.mark.parametrize(("module", "flags"), RUNS, ids=str)
-def test_a_run_is_taken_again_by_a_second_road(module, flags, discrete):
+def test_a_run_is_taken_again_by_a_second_road(module, flags, space):
     """Parameters and log of every iteration; an accepted step of TRPO is within its region, and improves."""
-    args, agent, *records = follow(module, discrete, **{"cg_iterations": 80} | flags)
+    args, agent, iterations = follow(module, space, **{"cg_iterations": 80} | flags)
     params, critic_adam = params_of(agent), torch.optim.Adam(agent.critic.parameters(), eps=1e-5)
     dual = SimpleNamespace(adam=torch.optim.Adam(params, eps=1e-5), lam=1.0)
-    for k, (batch, orders, shipped, metrics, learning_rate) in enumerate(records):
-        noise, x, actions, rewards, next_x, terminated, dones, _ = batch
-        left = 1 - args.anneal_lr * k / len(records)
-        if args.normalize_obs and k:
-            std, mean = torch.std_mean(torch.cat([each[0][1] for each in records[:k]]), (0, 1), correction=0)
-            x, next_x = (((each - mean) / (std**2 + 1e-8).sqrt()).clamp(-10, 10) for each in (x, next_x))
-        sums = torch.cat([each[0][-1] for each in records[: k + 1]]).double()
-        rewards = rewards / (sums.var(correction=0) + 1e-8).sqrt() if args.normalize_rewards else rewards
-        out, values, next_values = agent.actor(x), *agent.critic(torch.stack([x, next_x])).detach().squeeze()
-        close(actions, (out + noise).argmax(-1) if discrete else out + agent.log_std.exp() * noise, 1e-4)
-        deltas, advantages = rewards + args.gamma * next_values * ~terminated - values, 0 * values
-        for t, n in np.ndindex(*values.shape):
-            for later in range(t, len(values)):
-                if not dones[t:later, n].any():
-                    advantages[t, n] += (args.gamma * args.gae_lambda) ** (later - t) * deltas[later, n]
-        x, actions, advantages, values = (each.flatten(0, 1) for each in (x, actions, advantages, values))
-        returns, old = advantages + values, policy(copy.deepcopy(agent).requires_grad_(False), x)
+    for k, iteration in enumerate(iterations):
+        left, shipped = 1 - args.anneal_lr * k / len(iterations), iteration.agent
+        now = as_seen(args, agent, iterations, k)
+        values, next_values = (agent.critic(x).detach().squeeze(-1) for x in (now.obs, now.next_obs))
+        arrays = now.rewards, values, next_values, now.terminated, now.dones
+        advantages = lambda_loop(*(x.numpy() for x in arrays), args.gamma, args.gae_lambda)
+        advantages = torch.from_numpy(advantages)
+        x, actions, advantages, values = (y.flatten(0, 1) for y in (now.obs, now.actions, advantages, values))
+        returns, old = advantages + values, distribution(copy.deepcopy(agent).requires_grad_(False), x)
         explained = 1 - advantages.var() / returns.var()
         if args.normalize_advantages:
             advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
 
         def measure():
-            pi = policy(agent, x)
+            pi = distribution(agent, x)
             change, entropy = pi.log_prob(actions) - old.log_prob(actions), pi.entropy().mean()
             gain, approx_kl = (change.exp() * advantages).mean(), (change.exp() - 1 - change).mean()
             return gain + args.ent_coef * entropy, gain, entropy, approx_kl, kl_divergence(old, pi).mean()
@@ -201,49 +171,30 @@ def test_a_run_is_taken_again_by_a_second_road(module, flags, discrete):
         close(vector(params_of(shipped)), vector(params), 1e-4)
         vector_to_parameters(vector(params_of(shipped)), params)  # lest small differences grow
         critic_adam.param_groups[0]["lr"], losses = left * args.critic_learning_rate, []
-        for rows in (rows for order in orders for rows in order.chunk(4)):
+        for rows in (rows for order in iteration.orders for rows in order.chunk(4)):
             losses.append((agent.critic(x[rows]).squeeze(-1) - returns[rows]).square().mean())
             critic_adam.zero_grad()
             losses[-1].backward()
             critic_adam.step()
         close(vector(shipped.critic.parameters()), vector(agent.critic.parameters()), 1e-5)
-        close(learning_rate, left * args.critic_learning_rate)
+        close(iteration.rates[1], left * args.critic_learning_rate)
+        metrics = iteration.metrics
         expected = [*expected, sum(losses) / len(losses), explained, dual.lam][: len(metrics)]
         for value, reference in zip(metrics.values(), expected, strict=True):
-            close(value, reference, 1e-6 + 1e-4 * value.abs().item())
+            close(value, reference, 1e-6 + 1e-4 * abs(value))
         if flags is LONG and metrics["losses/accepted_fraction"]:
-            assert (metrics["losses/kl"] <= left**2) & (metrics["losses/improvement"] > 0)
-    assert flags is not LONG or {0.0, 1.0} < {each[3]["losses/accepted_fraction"].item() for each in records}
+            assert metrics["losses/kl"] <= left**2
+            assert metrics["losses/improvement"] > 0
+    assert flags is not LONG or {0.0, 1.0} < {x.metrics["losses/accepted_fraction"] for x in iterations}
 
 
 @pytest.mark.parametrize("bad", [(1, -1), (math.nan, math.nan), (math.inf, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize(("module", "flags"), [(npg, {}), (npg, {"step_rule": "fixed"}), (trpo, {})], ids=str)
-def test_without_a_good_direction_there_is_no_step(bad, module, flags, discrete):
+def test_without_a_good_direction_there_is_no_step(bad, module, flags, monkeypatch):
     """The policy stays bit for bit what it was, the log shows it, and the run goes on and fits the critic."""
-    _, old, *records = follow(module, discrete, lambda _, g, *__: (bad[0] * g, bad[1] * g @ g), **flags)
-    for *_, new, log, _ in records:
+    monkeypatch.setattr(module, "natural_gradient", lambda _, g, *__: (bad[0] * g, bad[1] * g @ g))
+    _, old, iterations = follow(module, BOX, **flags)
+    for new, log in ((x.agent, x.metrics) for x in iterations):
         assert all(map(torch.equal, params_of(old), params_of(new)))
         assert not torch.equal(vector(old.critic.parameters()), vector(new.critic.parameters()))
         assert not any(log[f"losses/{x}"] for x in ("accepted_fraction", "step_size", "kl", "improvement"))
-
-
-def test_the_multiplier_and_the_optimizer_of_the_dual_survive_a_resume(tmp_path):
-    torch.set_default_dtype(torch.float32)
-    saved, flags = [], DUAL | {"run_dir": str(tmp_path / "run"), "eval_episodes": 0, "total_timesteps": 1024}
-    for resume in (False, True):
-        trpo.train(trpo.Args(device="cpu", resume=resume, **flags))
-        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-        saved.append([state["agent"]["multiplier"], *state["optimizer"]["state"][0].values()])
-    assert saved[0][0] != 1
-    assert all(map(torch.equal, *saved))
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize(("module", "flags"), [(npg, {}), (trpo, {}), (trpo, {"constraint": "dual"})])
-def test_learns_cartpole(module, flags, sign, monkeypatch, tmp_path):
-    """The threshold is one that an update with a wrong sign misses; a random policy has 20."""
-    torch.set_default_dtype(torch.float32)
-    loss = module.surrogate_loss
-    monkeypatch.setattr(module, "surrogate_loss", lambda *x: loss(*x[:4], sign * x[4], *x[5:]))
-    args = module.Args(total_timesteps=12_000, device="cpu", run_dir=str(tmp_path / "run"), **flags)
-    assert (module.train(args)["eval/episodic_return"] > 150) == (sign == 1)
