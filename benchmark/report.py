@@ -37,6 +37,7 @@ for variant in suite.VARIANTS:
 NAMES = [*(name for family in FAMILIES.values() for name in family), *suite.PEERS]
 # Colours of Okabe and Ito, which the colour-blind can tell apart (grey for its yellow, too pale for paper)
 COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#000000", "#0072B2", "#D55E00", "#CC79A7")
+FIGURES = ("curves.png", "peers.png", "variants.png", "trust_regions.png")
 PLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # label, what of a result, settings of the axis
     "evaluated return": ("evaluations", {}),
     "KL(π_old‖π), estimated": ("losses/approx_kl", {"yscale": "log"}),
@@ -176,7 +177,7 @@ def text(frame: pd.DataFrame, figures: list[str]) -> str:
     return REPORT.format(
         count=len(frame),
         versions=", ".join(sorted(versions)),
-        figures="\n".join(f"![{name.removesuffix('.png')}]({name})" for name in figures),
+        figures="\n".join(f"![{name.removesuffix('.png')}]({name})" for name in FIGURES if name in figures),
         returns=table(returns, row_of_returns, frame),
         published=table(published, row_of_published, frame[frame.script.isin(suite.SCRIPTS)]),
         sources="\n".join(f"- {name}: {what}" for name, what in SOURCES.items()),
@@ -278,7 +279,7 @@ def main(args: Args) -> None:
         print(f"no results in {folder}, so no report")
         return
     draw_figures(frame, folder)
-    (folder / "report.md").write_text(text(frame, sorted(path.name for path in folder.glob("*.png"))))
+    (folder / "report.md").write_text(text(frame, [path.name for path in folder.glob("*.png")]))
     if runs.is_dir():
         write_hparams(frame, runs / "hparams")
     print(f"report in {folder / 'report.md'}")
