@@ -32,18 +32,7 @@ pytest.importorskip("ray", reason="needs benchmark/requirements.txt", exc_type=I
 
 import ppo
 import trpo
-from benchmark import (
-    RESULTS,
-    ROOT,
-    bias_variance,
-    peers,
-    play,
-    published,
-    report,
-    run,
-    speed,
-    suite,
-)  # fmt: skip
+from benchmark import RESULTS, ROOT, bias_variance, peers, play, published, report, run, speed, suite
 
 CARTPOLE = "CartPole-v1"
 ZOO = [(algorithm, env) for algorithm in peers.ZOO for env in peers.ZOO[algorithm]]
@@ -66,12 +55,12 @@ def start_sweep(path: Path, *flags: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(line, cwd=ROOT, env=os.environ | env, **pipes)
 
 
-def result(final: float, evaluations: dict[str, float] | None = None, **more: Any) -> dict[str, Any]:
+def result(final: float, **more: Any) -> dict[str, Any]:
     """The result of a run that ends with this return."""
     one = {"versions": {"torch": "1"}, "seconds": 10, "steps_per_second": 100, "diagnostics": {}}
     one |= {"command": f"python ppo.py --env-id {CARTPOLE} --seed 1 --total-timesteps 1000"}
     one |= {"final_return": final, "max_return": final}
-    return one | {"evaluations": (evaluations or {"500": 0.0}) | {"1000": final}} | more
+    return one | {"evaluations": {"500": 0.0, "1000": final}} | more
 
 
 def write(path: Path, env: str, script: str, *results: dict[str, Any]) -> None:
@@ -112,24 +101,22 @@ def test_commands_are_accepted(script: str) -> None:
 
 
 def test_committed_results_are_those_of_the_suite() -> None:
-    """Not of flags that were changed since."""
+    """Not of flags that were changed since; and the report is that of these results."""
     for path in RESULTS.glob("*/*/seed*.json"):
         command = suite.command(path.parts[-2], path.parts[-3], int(path.stem[4:]))
         assert json.loads(path.read_text())["command"] == shlex.join(["python", *command]), path
+    assert report.text(report.load(RESULTS), report.FIGURES) == (RESULTS / "report.md").read_text()
+    assert all((RESULTS / name).exists() for name in report.FIGURES)
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["run --scripts pop", "run --jobs 0", "run --steps 100", "speed --script pop", "speed --contenders pop",
-     "speed --rounds 0"],
-)  # fmt: skip
-def test_bad_input(line: str, capsys: pytest.CaptureFixture) -> None:
-    """Exit 2 and a sentence with the word in question."""
-    module, *flags = line.split()
-    with pytest.raises(SystemExit) as error:
-        tyro.cli({"run": run, "speed": speed}[module].Args, args=flags)
-    assert error.value.code == 2
-    assert (flags[-1] if flags[-1] == "pop" else flags[0]) in capsys.readouterr().err
+    "line", ["run --scripts pop", "run --jobs 0", "run --steps 9", "speed --contenders pop"]
+)
+def test_bad_flags(line: str, capsys: pytest.CaptureFixture) -> None:
+    name, *flags = line.split()
+    with pytest.raises(SystemExit, match="2"):
+        tyro.cli({"run": run, "speed": speed}[name].Args, args=flags)
+    assert flags[0] in capsys.readouterr().err
 
 
 def test_dry_run_prints_what_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -212,23 +199,18 @@ def test_a_run_waits_for_a_process_that_outlived_its_sweep(tmp_path: Path) -> No
 
 def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
     """Until the file has the pattern, while the process lives."""
-    for _ in range(2400):
-        if path.exists() and re.search(pattern, path.read_text()):
-            return
-        if process.poll() is not None:
-            break
+    while not (path.exists() and re.search(pattern, path.read_text())):
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    process.kill()
-    pytest.fail(f"{path} has no {pattern}: {process.communicate()[0]}")
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep that is stopped, then killed, and finished with an environment that is not there."""
-    path = tmp_path_factory.mktemp("sweep")
-    flags = ("--scripts", "a2c", "ppo", "--steps", "40000", "--envs", CARTPOLE)
-    a2c, ppo = (path / "runs" / CARTPOLE / script / "seed1.log" for script in ("a2c", "ppo"))
-    first = start_sweep(path, *flags)
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    """Stopped, then killed, then finished; in TensorBoard there are its curves and its flags."""
+    flags = ("--scripts", "a2c", "ppo", "--steps", "20000", "--envs", CARTPOLE)
+    runs, results = tmp_path / "runs" / CARTPOLE, tmp_path / "results" / CARTPOLE
+    a2c, ppo_log = runs / "a2c" / "seed1.log", runs / "ppo" / "seed1.log"
+    first = start_sweep(tmp_path, *flags)
     wait_for(a2c, r"10%  step", first)
     first.send_signal(signal.SIGTERM)
     out = first.communicate(timeout=300)[0]
@@ -236,57 +218,42 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "the same command goes on" in out
     stopped = re.search(r"stopped at step ([\d,]+)", a2c.read_text())
     assert stopped, a2c.read_text()
-    assert not ppo.exists()
+    assert not ppo_log.exists()
 
-    second = start_sweep(path, *flags)
-    wait_for(ppo, r"10%  step", second)
-    finished = (path / "results" / CARTPOLE / "a2c" / "seed1.json").stat().st_mtime_ns
+    second = start_sweep(tmp_path, *flags)
+    wait_for(ppo_log, r"10%  step", second)
+    finished = (results / "a2c" / "seed1.json").stat().st_mtime_ns
     second.kill()  # its run lives on, and must not be run twice
     second.communicate(timeout=60)
 
-    third = start_sweep(path, *flags, "Nowhere-v0")
+    third = start_sweep(tmp_path, *flags)
     out = third.communicate(timeout=600)[0]
-    assert third.returncode == 1, out
-    assert "2 of 3 runs failed: a2c Nowhere-v0 seed 1, ppo Nowhere-v0 seed 1" in out
-    assert re.search(r"ppo Nowhere-v0 seed 1: FAILED: it exited with 2.*\n +ppo: --env-id Nowhere-v0: ", out)
-    assert (path / "results" / CARTPOLE / "a2c" / "seed1.json").stat().st_mtime_ns == finished
+    assert third.returncode == 0, out
+    assert (results / "a2c" / "seed1.json").stat().st_mtime_ns == finished
     assert f"from step {stopped[1]}" in a2c.read_text()
-    starts = re.findall(r"from step ([\d,]+), ", ppo.read_text())
+    starts = re.findall(r"from step ([\d,]+), ", ppo_log.read_text())
     assert starts[0] == "0"
-    assert all(start == "40,448" for start in starts[1:])  # only to find that nothing is left
-    return path
+    assert all(start == "20,480" for start in starts[1:])  # only to find that nothing is left
+    assert (tmp_path / "results" / "report.md").exists()
 
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on(sweep: Path) -> None:
-    """And its results are those of the curves that TensorBoard overlays, with the same tags."""
-    found = report.load(sweep / "results")
-    assert list(zip(found.env, found.script, strict=True)) == [(CARTPOLE, "a2c"), (CARTPOLE, "ppo")]
-    for name, evaluations in zip(found.script, found.evaluations, strict=True):
-        folder = sweep / "runs" / CARTPOLE / name / "seed1"
-        events = EventAccumulator(str(folder)).Reload()
+    for script in ("a2c", "ppo"):
+        found = json.loads((results / script / "seed1.json").read_text())
+        events = EventAccumulator(str(runs / script / "seed1")).Reload()  # with the same tags in both
         common = {"charts/episodic_return", "charts/SPS", "losses/policy_loss", "losses/entropy"}
         assert common <= set(events.Tags()["scalars"])
         curve = {str(event.step): event.value for event in events.Scalars("eval/episodic_return")}
-        assert curve == pytest.approx(evaluations, abs=1e-3)
+        assert curve == pytest.approx(found["evaluations"], abs=1e-3)
         assert len(curve) in (19, 20)  # the signal ends an evaluation that is under way
-        assert {path.name.split(".")[0] for path in folder.iterdir()} == {"events", "checkpoint"}
-    assert (sweep / "results" / "report.md").exists()
-
-
-@pytest.mark.slow
-def test_tensorboard_has_the_hyperparameters(sweep: Path) -> None:
-    """A session for each run, with all of its flags and its returns, beside the runs."""
-    found = report.load(sweep / "results")
-    for script, final in zip(found.script, found.final_return, strict=True):
-        folder = sweep / "runs" / "hparams" / CARTPOLE / script / "seed1"
-        events = EventAccumulator(str(folder)).Reload()
-        assert events.Scalars("hparams/final_return")[0].value == pytest.approx(final)
-        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-        flags = HParamsPluginData.FromString(content).session_start_info.hparams
-        assert flags["script"].string_value == script
-        assert flags["env_id"].string_value == CARTPOLE
-        assert (flags["total_timesteps"].number_value, flags["gamma"].number_value) == (40_000, 0.99)
+        assert {path.name.split(".")[0] for path in (runs / script / "seed1").iterdir()} == {
+            "events",
+            "checkpoint",
+        }
+        session = EventAccumulator(str(tmp_path / "runs" / "hparams" / CARTPOLE / script / "seed1")).Reload()
+        assert session.Scalars("hparams/final_return")[0].value == pytest.approx(found["final_return"])
+        content = session.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        given = HParamsPluginData.FromString(content).session_start_info.hparams
+        assert (given["script"].string_value, given["env_id"].string_value) == (script, CARTPOLE)
+        assert (given["total_timesteps"].number_value, given["gamma"].number_value) == (20_000, 0.99)
 
 
 @pytest.mark.slow
@@ -294,11 +261,11 @@ def test_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a local cluster: the same results as without it, a failing run among them."""
     (tmp_path / "home").mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    flags = ("--scripts", "ppo", "--envs", CARTPOLE, "Nowhere-v0", "--steps", "1000", "--executor", "ray")
-    process = start_sweep(tmp_path, *flags, HOME=str(tmp_path / "home"), RAY_worker_niceness="0")
+    flags = "--scripts ppo --envs CartPole-v1 Nowhere-v0 --steps 1000 --executor ray"
+    process = start_sweep(tmp_path, *flags.split(), HOME=str(tmp_path / "home"), RAY_worker_niceness="0")
     out = process.communicate(timeout=600)[0]
     assert process.returncode == 1, out
-    assert "ppo Nowhere-v0 seed 1: FAILED: it exited with 2" in out
+    assert re.search(r"ppo Nowhere-v0 seed 1: FAILED: it exited with 2.*\n +ppo: --env-id Nowhere-v0: ", out)
     assert "1 of 2 runs failed" in out
     there = json.loads((tmp_path / "results" / CARTPOLE / "ppo" / "seed1.json").read_text())
     here = job(tmp_path / "here", "ppo", steps=1000)
@@ -317,14 +284,9 @@ def test_statistics_with_known_answers() -> None:
     assert report.bootstrap(report.iqm, np.array([0, 1, 2, 3, 1e6]))[0] < 2
     one = {"100": 1.0, "200": 5.0, "300": 4.0, "400": 9.0}
     assert [report.steps_to(one, threshold) for threshold in (0, 5, 6, 10)] == [100, 200, 400, float("inf")]
-
-
-def test_curves_at_common_steps() -> None:
-    """Up to the end of the shortest."""
     curves = [{"100": 0.0, "200": 10.0}, {"100": 0.0, "200": 10.0, "400": 99.0}]
-    found = report.at_common_steps(curves, points=4)
-    assert found.steps.tolist() == 2 * [50, 100, 150, 200]
-    assert found.value.tolist() == 2 * [0, 0, 5, 10]
+    steps, values = report.at_common_steps(curves, points=4).to_numpy().T  # up to the end of the shortest
+    assert [*steps, *values] == 2 * [50, 100, 150, 200] + 2 * [0, 0, 5, 10]
 
 
 def test_verdict() -> None:
@@ -349,13 +311,12 @@ def test_figure_to_beat() -> None:
 
 def test_a_method_has_one_colour() -> None:
     """Its variants and its peer have shades of it and other lines; no two methods share one."""
-    looks = {name: report.look(name) for name in report.NAMES}
-    assert len({looks[script]["palette"] for script in suite.SCRIPTS}) == len(suite.SCRIPTS)
+    assert len({report.look(script)["palette"] for script in suite.SCRIPTS}) == len(suite.SCRIPTS)
     for name in report.NAMES:
         base = name.removeprefix("sb3-").partition("-")[0]
-        ours, colour = np.array(looks[name]["palette"]), np.array(looks[base]["palette"])
-        assert np.allclose(np.outer(ours, colour), np.outer(colour, ours))
-        assert (looks[name]["dashes"] == looks[base]["dashes"]) == (name == base)
+        ours, theirs = report.look(name), report.look(base)
+        assert np.allclose(*(np.divide(x["palette"], max(*x["palette"], 1e-9)) for x in (ours, theirs)))
+        assert (ours["dashes"] == theirs["dashes"]) == (name == base)
 
 
 def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:
@@ -364,8 +325,8 @@ def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:
     parts = [
         (CARTPOLE, "ppo", [480.0], {}, []),
         (CARTPOLE, "sb3-ppo", [100.0, 200.0], {}, ["peers"]),
-        (CARTPOLE, "trpo", [50.0, 60.0], diagnostics, ["peers", "trust_regions"]),
-        (CARTPOLE, "trpo-dual", [50.0, 60.0], diagnostics, ["peers", "variants", "trust_regions"]),
+        (CARTPOLE, "trpo", [50.0], diagnostics, ["peers", "trust_regions"]),
+        (CARTPOLE, "trpo-dual", [50.0], {}, ["peers", "variants", "trust_regions"]),
         ("Own-v0", "ppo", [1.0, 2.0], {}, ["peers", "variants", "trust_regions"]),
     ]
     for env, name, finals, more, figures in parts:
@@ -382,11 +343,6 @@ def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_committed_report_is_that_of_the_committed_results() -> None:
-    assert report.text(report.load(RESULTS), report.FIGURES) == (RESULTS / "report.md").read_text()
-    assert all((RESULTS / name).exists() for name in report.FIGURES)
-
-
 @pytest.mark.parametrize("script", suite.SCRIPTS)
 def test_play_of_each_script_is_its_own_evaluation(script: str, tmp_path: Path) -> None:
     module = importlib.import_module(script)
@@ -400,52 +356,39 @@ def test_play_of_each_script_is_its_own_evaluation(script: str, tmp_path: Path) 
 
 def test_play_makes_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    flags = {
-        "constraint": "dual",
-        "total_timesteps": 600,
-        "eval_episodes": 0,
-        "run_dir": str(tmp_path / "run"),
-    }
-    trpo.train(trpo.Args(**flags))
-    gif, record = tmp_path / "x.gif", tmp_path / "x.npz"
-    files = {"gif": str(gif), "record": str(record)}
+    flags = {"total_timesteps": 600, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}
+    trpo.train(trpo.Args(constraint="dual", **flags))
+    files = {"gif": str(tmp_path / "x.gif"), "record": str(tmp_path / "x.npz")}
     play.main(play.Args(str(tmp_path / "run"), episodes=2, max_frames=10, width=120, **files))
-    with Image.open(gif) as image:
+    with Image.open(files["gif"]) as image:
         assert image.size == (120, 80)
         assert 5 <= image.n_frames <= 10
         assert len(image.getcolors()) > 1
-    assert np.load(record)["ends"].sum() == 2
+    assert np.load(files["record"])["ends"].sum() == 2
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "does not exist"), (b"not one", "is damaged")])
-def test_play_of_no_checkpoint(content: bytes, words: str, tmp_path: Path, capsys: Any) -> None:
-    if content:
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(SystemExit, match="2"):
-        play.main(play.Args(str(tmp_path)))
-    message = capsys.readouterr().err
-    assert words in message
-    assert message.count("\n") == 1
+def test_play_of_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words in ("does not exist", "is damaged"):
+        with pytest.raises(SystemExit, match="2"):
+            play.main(play.Args(str(tmp_path)))
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
+        (tmp_path / "checkpoint.pt").write_bytes(b"not one")
 
 
 def test_peers_are_evaluated_as_scripts_are(tmp_path: Path) -> None:
-    """The same policy has the same return and length in both."""
-    evaluations = []
-    for seed in (5, 6):
-        flags = {"num_envs": 1, "seed": seed, "eval_episodes": 7, "run_dir": str(tmp_path / f"{seed}")}
-        args = ppo.Args(total_timesteps=64, **flags)
-        last = ppo.train(args)
-        evaluations.append((last["eval/episodic_return"], last["eval/episodic_length"]))
-        with ExitStack() as stack:
-            agent = ppo.Agent(ppo.Envs(stack, args, 1), args)
-        agent.load_state_dict(torch.load(tmp_path / f"{seed}" / "checkpoint.pt", weights_only=True)["agent"])
-        act = agent.in_numpy()
-        model = SimpleNamespace(
-            get_vec_normalize_env=lambda: None,
-            predict=lambda obs, deterministic, act=act: (act(obs, 0), None),
-        )
-        assert peers.evaluate(model, CARTPOLE, seed=seed, episodes=7) == pytest.approx(evaluations[-1])
-    assert evaluations[0] != pytest.approx(evaluations[1])
+    """The same policy has the same return and length in both, from the same seed."""
+    args = ppo.Args(total_timesteps=64, num_envs=1, seed=5, eval_episodes=7, run_dir=str(tmp_path))
+    last = ppo.train(args)
+    with ExitStack() as stack:
+        agent = ppo.Agent(ppo.Envs(stack, args, 1), args)
+    agent.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"])
+    act, model = agent.in_numpy(), SimpleNamespace(get_vec_normalize_env=lambda: None)
+    model.predict = lambda obs, deterministic: (act(obs, 0), None)
+    expected = pytest.approx((last["eval/episodic_return"], last["eval/episodic_length"]))
+    assert peers.evaluate(model, CARTPOLE, seed=5, episodes=7) == expected
+    assert peers.evaluate(model, CARTPOLE, seed=6, episodes=7) != expected
 
 
 @pytest.mark.parametrize("script", suite.PEERS)
@@ -458,8 +401,7 @@ def test_a_peer_writes_what_a_script_writes(script: str, tmp_path: Path, capsys:
     assert len(found["evaluations"]) in (2, 3)
     assert max(found["evaluations"]) >= 1200
     assert found["training_returns"]
-    assert found["steps_per_second"] > 0
-    assert found["versions"].keys() >= {"stable-baselines3", "sb3-contrib"}
+    assert "sb3-contrib" in found["versions"]
 
 
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")  # so does the zoo
@@ -483,32 +425,30 @@ def test_speed_is_that_of_steps_with_updates(script: str, env: str, first: int, 
     assert stamps[0][0] == first
     assert 600 <= stamps[-1][0] - first < 1200
     for name in ("bare", "acting"):
-        (begin, *start), (end, *stop) = speed.CONTENDERS[name][1](speed.Args(script, env, steps=600))
-        assert begin == 0
-        assert 600 <= end < 1200
-        assert all(x < y for x, y in zip(start, stop, strict=True))
+        begin, end = speed.CONTENDERS[name][1](speed.Args(script, env, steps=600))
+        assert begin[0] == 0
+        assert 600 <= end[0] < 1200
+        assert all(x < y for x, y in zip(begin, end, strict=True))
 
 
 def test_speed_compares_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = {"contenders": ("eager", "sb3"), "steps": 600, "rounds": 1, "flags": "--num-steps 64"}
     speed.main(speed.Args("ppo", CARTPOLE, out=str(tmp_path / "x.json"), **args))
-    figures = json.loads((tmp_path / "x.json").read_text())["figures"]
-    for k, clock in enumerate(("wall", "cpu")):
-        ours, theirs = figures["eager"][clock][0], figures["sb3"][clock][0]
-        assert figures["eager"]["over_sb3"][k] == pytest.approx(ours / theirs, abs=0.01)
+    ours, theirs = json.loads((tmp_path / "x.json").read_text())["figures"].values()
+    ratios = [ours[clock][0] / theirs[clock][0] for clock in ("wall", "cpu")]
+    assert ours["over_sb3"] == pytest.approx(ratios, abs=0.01)
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| ppo.py, CartPole-v1 | + update | stable-baselines3 |"
-    assert [row.split(" | ")[2] for row in rows] == [f"{figures['sb3'][x][0]:,} |" for x in ("wall", "cpu")]
+    assert [row.split(" | ")[2] for row in rows] == [f"{theirs[x][0]:,} |" for x in ("wall", "cpu")]
 
 
-def test_bias_and_variance(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bias_and_variance(tmp_path: Path) -> None:
     """Squared bias and variance of samples with known ones; and the whole, once."""
     noise = np.random.default_rng(0).normal(size=(4000, 2)) * (1, 2)
-    bias, variance = bias_variance.summary(noise, np.full((4000, 2), (-3, 0)))
-    assert (bias, variance) == (pytest.approx(9, abs=0.3), pytest.approx(5, abs=0.3))
-    out = str(tmp_path / "x")
-    bias_variance.main(bias_variance.Args(train_steps=300, rollouts=3, num_steps=16, fit_steps=5, out=out))
-    tables = json.loads(Path(f"{out}.json").read_text())["figures"]["critics"]
-    assert tables["fitted to 20 rollouts"]["λ = 1"][0] == pytest.approx(0, abs=1e-6)  # against itself
-    assert Path(f"{out}.png").exists()
-    assert "squared bias" in capsys.readouterr().out
+    found = bias_variance.summary(noise, np.full((4000, 2), (-3, 0)))
+    assert found == (pytest.approx(9, abs=0.3), pytest.approx(5, abs=0.3))
+    flags = {"train_steps": 300, "rollouts": 3, "num_steps": 16, "fit_steps": 5, "out": str(tmp_path / "x")}
+    bias_variance.main(bias_variance.Args(**flags))
+    tables = json.loads((tmp_path / "x.json").read_text())["figures"]["critics"]
+    assert tables["fitted to 20 rollouts"]["λ = 1"][0] == 0  # against itself
+    assert (tmp_path / "x.png").exists()
