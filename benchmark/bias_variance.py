@@ -2,11 +2,11 @@
 
     python -m benchmark.bias_variance
 
-A policy is trained for a while and then held. Each of many rollouts gives one estimate of the gradient for each kind of
-advantage. Their mean is compared with that of Monte Carlo, which no critic biases: a rollout is twice as long as the
-part of it that is weighted, so that its episodes are over before the cut. Squared bias and variance (summed over the
-parameters) are given in units of the squared length of the true gradient, and for two critics: that of the training,
-and one that was fitted to many rollouts of the policy that is held.
+A policy is trained for a while and then held. Each of many rollouts gives one estimate of the gradient for
+each kind of advantage. Their mean is compared with that of Monte Carlo, which no critic biases: a rollout is
+twice as long as the part of it that is weighted, so that its episodes are over before the cut. Squared bias
+and variance (summed over the parameters) are given in units of the squared length of the true gradient, and
+for two critics: that of the training, and one that was fitted to many rollouts of the policy that is held.
 """
 
 import json
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -54,7 +55,7 @@ def gradient(agent: ac.Agent, obs: Tensor, actions: Tensor, advantages: Tensor) 
 
 
 def summary(estimates: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Squared bias against the mean of `reference`, and variance, each summed over the parameters; both (K, P).
+    """Squared bias against the mean of `reference`, and variance, summed over the parameters; both (K, P).
 
     ‖mean difference‖² counts its own noise as bias; that much, variance / K, is taken off again.
     """
@@ -71,7 +72,7 @@ class Sampler:
         envs.reset(1, 0, 0)
 
     def __call__(self) -> tuple[Tensor, Tensor, Callable]:
-        """obs, actions, and arrays(agent): rewards, V(s_t), V(s'_t), terminated and dones, by that agent's critic."""
+        """obs, actions; arrays(agent): rewards, V(s_t), V(s'_t), terminated, dones, by its critic."""
         act, steps = self.agent.in_numpy(), []
         for noise in self.agent.noise(2 * self.num_steps, len(self.envs.envs)):
             obs = self.envs.obs
@@ -90,7 +91,7 @@ class Sampler:
 
 
 def fit(agent: ac.Agent, batches: list, args: Args, epochs: int) -> None:
-    """Steps of Adam of the critic on the value loss with Monte Carlo returns, on one batch after the other."""
+    """Fits the critic to Monte Carlo returns, with a step of Adam on one batch after the other."""
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=ac.Args.critic_learning_rate, eps=1e-5)
     flags = ac.Args(gamma=args.gamma, critic_target="monte_carlo")
     for epoch in range(epochs):
@@ -101,9 +102,10 @@ def fit(agent: ac.Agent, batches: list, args: Args, epochs: int) -> None:
 
 
 def measure(args: Args) -> dict:
-    """(squared bias, variance) of each estimator with each critic, over ‖∇J‖²; and what the policy and critics are."""
+    """(squared bias, variance) over ‖∇J‖² of each estimator with each critic; what these are."""
     with tempfile.TemporaryDirectory() as directory:
-        ac.train(ac.Args(env_id=args.env_id, total_timesteps=args.train_steps, run_dir=directory, eval_episodes=0))
+        run = {"total_timesteps": args.train_steps, "run_dir": directory, "eval_episodes": 0}
+        ac.train(ac.Args(env_id=args.env_id, **run))
         saved = torch.load(Path(directory, "checkpoint.pt"), weights_only=True)
     flags = ac.Args(env_id=args.env_id, gamma=args.gamma)
     stack = ExitStack()
@@ -133,26 +135,27 @@ def measure(args: Args) -> dict:
     lengths = [length for _, _, length in envs.ended]
     stack.close()
     truth = np.array(estimates["fitted to 20 rollouts"]["λ = 1"])
-    length = float((truth.mean(0) ** 2).sum() - truth.var(0, ddof=1).sum() / len(truth))  # its noise taken off, too
+    noise = truth.var(0, ddof=1).sum() / len(truth)
+    length = float((truth.mean(0) ** 2).sum() - noise)
+    tables = {
+        critic: {name: [x / length for x in summary(np.array(rows), truth)] for name, rows in table.items()}
+        for critic, table in estimates.items()
+    }
     return {
         "episode_length": float(np.mean(lengths)),
         "longest_episode": int(max(lengths)),
         "explained_variance": {critic: float(np.mean(x)) for critic, x in explained.items()},
-        "critics": {
-            critic: {name: [x / length for x in summary(np.array(rows), truth)] for name, rows in table.items()}
-            for critic, table in estimates.items()
-        },
+        "critics": tables,
     }
 
 
 def draw(figures: dict, path: Path, title: str) -> None:
     """Squared bias over variance, a curve for n and one for λ, a panel for each critic."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True, sharey=True)
     for axis, (critic, table) in zip(axes, figures["critics"].items(), strict=True):
         for letter, label, style, side in (("n", "n-step", "s--", 1), ("λ", "GAE", "o-", -1)):
-            rows = {name: (variance, max(bias, FLOOR)) for name, (bias, variance) in table.items() if letter in name}
+            kind = {name: pair for name, pair in table.items() if letter in name}
+            rows = {name: (variance, max(bias, FLOOR)) for name, (bias, variance) in kind.items()}
             axis.plot(*zip(*rows.values(), strict=True), style, label=label)
             for name, point in rows.items():
                 where = {"xytext": (7 * side, 3 * side), "va": "bottom" if side > 0 else "top"}
@@ -173,10 +176,12 @@ def main(args: Args) -> None:
     """Measures, draws, and writes the figures with the versions."""
     torch.set_num_threads(1)
     figures = measure(args)
-    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")} | {"python": platform.python_version()}
-    text = json.dumps({"args": asdict(args), "versions": versions, "figures": figures}, indent=1, ensure_ascii=False)
-    Path(f"{args.out}.json").write_text(text + "\n")
-    title = f"Policy gradient of {args.num_envs * args.num_steps:,} steps of {args.env_id}; ring: least sum of both"
+    versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")}
+    versions["python"] = platform.python_version()
+    found = {"args": asdict(args), "versions": versions, "figures": figures}
+    Path(f"{args.out}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    steps = args.num_envs * args.num_steps
+    title = f"Policy gradient of {steps:,} steps of {args.env_id}; ring: least sum of both"
     draw(figures, Path(f"{args.out}.png"), title)
     for critic, table in figures["critics"].items():
         print(f"critic {critic}: explained variance {figures['explained_variance'][critic]:.2f}")

@@ -3,8 +3,9 @@
     python -m benchmark.play runs/CartPole-v1/ppo/seed1__2026-01-01_12-00-00 --gif cartpole.gif
     python -m benchmark.play runs/CartPole-v1/ppo/seed1__2026-01-01_12-00-00 --record demonstrations.npz
 
-The policy is greedy, and its episodes are those of the script's own evaluation. The arrays are what `reinforce.py
---demonstrations` reads. Where there is no screen, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa to render.
+The policy is greedy, and its episodes are those of the script's own evaluation. `reinforce.py
+--demonstrations` reads the arrays. Where there is no screen, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa
+to render.
 """
 
 import importlib
@@ -63,14 +64,15 @@ def play(args: Args) -> tuple[list[float], Recorder]:
         script = importlib.import_module(saved["script"])
         flags = script.Args(**saved["args"])
     except Exception as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or not a script's checkpoint"
+        missing = isinstance(error, FileNotFoundError)
+        what = "does not exist" if missing else "is damaged, or not a script's checkpoint"
         print(f"play: {path} {what}", file=sys.stderr)
         raise SystemExit(2) from None
     with ExitStack() as stack:
         envs = script.Envs(stack, flags, 1)
         agent = script.Agent(envs, flags)
-        state = {name: value for name, value in saved["agent"].items() if name != "multiplier"}  # of trpo.py's dual
-        agent.load_state_dict(state)
+        saved["agent"].pop("multiplier", None)  # of trpo.py --constraint dual
+        agent.load_state_dict(saved["agent"])
         camera = {"camera_name": args.camera} if args.camera else {}
         mode = {"render_mode": "rgb_array"} if args.gif else {}
         env = gym.make(flags.env_id, max_episode_steps=flags.max_episode_steps or None, **mode, **camera)
@@ -92,9 +94,10 @@ def main(args: Args) -> None:
     if args.gif:
         from PIL import Image
 
-        images = [Image.fromarray(frame) for frame in recorder.frames]
-        size = args.width, round(args.width * images[0].height / images[0].width)
-        images = [image.resize(size).convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for image in images]
+        height, width, _ = recorder.frames[0].shape
+        size = args.width, args.width * height // width
+        images = [Image.fromarray(frame).resize(size) for frame in recorder.frames]
+        images = [image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for image in images]
         duration = 1000 / recorder.metadata["render_fps"]
         images[0].save(args.gif, save_all=True, append_images=images[1:], duration=duration, loop=0)
 

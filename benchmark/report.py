@@ -1,10 +1,11 @@
-"""Tables and figures from the results of benchmark.run, and the sweep's hyperparameters for TensorBoard.
+"""Makes tables and figures from the results of benchmark.run, and TensorBoard's page of hyperparameters.
 
     python -m benchmark.report
 
-Writes report.md and its figures beside the results, and, where there are run directories, a summary of all results
-into <runs>/hparams, for the HPARAMS page of `tensorboard --logdir runs/benchmark`. Seeds are the replicates: a curve is
-the interquartile mean (IQM) over seeds, with a stratified bootstrap interval of 95 % (Agarwal et al. 2021, rliable).
+Writes report.md and its figures beside the results, and, where there are run directories, a summary of all
+results into <runs>/hparams, for the HPARAMS page of `tensorboard --logdir runs/benchmark`. Seeds are the
+replicates: a curve is the interquartile mean (IQM) over seeds with a bootstrap interval of 95 %, as Agarwal
+et al. 2021 recommend.
 """
 
 import importlib
@@ -12,30 +13,65 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import tyro
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from scipy import stats
 
-from benchmark import peers, suite
+from benchmark import ROOT, suite
 from benchmark.published import SOURCES, figure_to_beat
-from benchmark.run import ROOT
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart (its yellow, too pale for paper, is grey here), and a
-# marker each for print in black and white
+# In the order of tables and legends: each script, then its variants; the peers last
+FAMILIES = {base: [base] for base in suite.SCRIPTS}
+for variant in suite.VARIANTS:
+    FAMILIES[variant.partition("-")[0]].append(variant)
+NAMES = [*(name for family in FAMILIES.values() for name in family), *suite.PEERS]
+# Colours of Okabe and Ito, which the colour-blind can tell apart (grey for its yellow, too pale for paper)
 COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#000000", "#0072B2", "#D55E00", "#CC79A7")
-STYLES = {
-    script: {"color": colour, "marker": marker, "markevery": 3, "markersize": 4, "linewidth": 1.2}
-    for script, colour, marker in zip(suite.SCRIPTS, COLOURS, "ov^<sDPX", strict=True)
+FIGURES = ("curves.png", "peers.png", "variants.png", "trust_regions.png")
+PLOTS: dict[str, tuple[str, dict[str, Any]]] = {  # label, what of a result, settings of the axis
+    "evaluated return": ("evaluations", {}),
+    "KL(π_old‖π), estimated": ("losses/approx_kl", {"yscale": "log"}),
+    "accepted fraction": ("losses/accepted_fraction", {"ylim": (0, 1.05)}),
+    "explained variance": ("losses/explained_variance", {"ylim": (0, 1.05)}),
 }
-TRUST_REGIONS = ("npg", "trpo", "trpo-dual", "ppo")
-NO_HYPERPARAMETERS = {"env_id", "run_dir", "resume", "device", "num_threads", "compile"}
-NO_HYPERPARAMETERS |= {"checkpoint_every", "eval_every", "eval_episodes"}
+REPORT = """# Results
 
-Results = dict[str, dict[str, list[dict]]]  # of each environment and script, in the order of the seeds
+{count} runs; {versions}.
+
+Greedy policy at the end of the budget, over 20 episodes (Pendulum and Acrobot 100), the same ones in every
+evaluation. Seeds are the replicates; intervals are percentiles of a bootstrap. Maximum: mean over seeds of
+the best of 20 evaluations. Seconds: median of the whole process, evaluations included; steps a second leave
+them and the compilation out. In the figures, a line is the IQM over seeds, a shade its interval.
+
+{figures}
+
+{returns}
+## Against published returns
+
+Each script against the highest return that is published for at most its number of steps (else, for the
+fewest). Published is *beaten* where the interval of our mean lies above it (or above its own interval, where
+a deviation over runs is published), *below* where ours lies below it, *equal* where they overlap. The figures
+for `off_policy_ac.py` are SAC's, those for `actor_critic.py` A2C's.
+
+{published}
+{sources}
+
+## Steps and seconds to a threshold
+
+Median over seeds, until the first evaluation (one every twentieth of the budget) that reaches it; seconds of
+training, without evaluations and imports. –: half of the seeds or more never do.
+
+{thresholds}"""
 
 
 @dataclass(frozen=True)
@@ -46,81 +82,47 @@ class Args:
     runs: str = "runs/benchmark"  # run directories of benchmark.run
 
 
-# In the order of tables and legends: each script, then its variants; the peers last
-NAMES = [name for script in suite.SCRIPTS for name in (script, *suite.VARIANTS) if name.partition("-")[0] == script]
-NAMES += suite.PEERS
-
-
-def load(folder: Path) -> Results:
-    """All results, in the order of the suite; other environments come last."""
-    found = {path.parent.parent.name for path in folder.glob("*/*/seed*.json")}
-    results: Results = {}
-    for env in (*suite.CLASSIC, *suite.MUJOCO, *sorted(found - {*suite.CLASSIC, *suite.MUJOCO})):
+def load(folder: Path) -> pd.DataFrame:
+    """A row for each result, in the order of the suite; other environments come last."""
+    rows = []
+    others = sorted(path.parent.parent.name for path in folder.glob("*/*/seed*.json"))
+    for env in dict.fromkeys((*suite.CLASSIC, *suite.MUJOCO, *others)):
         for name in NAMES:
-            files = sorted((folder / env / name).glob("seed*.json"), key=lambda path: int(path.stem[4:]))
-            if files:
-                results.setdefault(env, {})[name] = [json.loads(path.read_text()) for path in files]
-    return results
+            for path in sorted((folder / env / name).glob("seed*.json"), key=lambda path: int(path.stem[4:])):
+                result = json.loads(path.read_text())
+                steps = max(map(int, result["evaluations"]))
+                row = {tag: None for tag, _ in PLOTS.values()} | {"env": env, "script": name, "steps": steps}
+                rows.append(row | result | result["diagnostics"])
+    return pd.DataFrame(rows)
 
 
-def bootstrap(scores: np.ndarray | list[np.ndarray], statistic: Callable, reps: int = 2000) -> tuple[np.ndarray, ...]:
-    """A statistic (a vector) of scores (runs, tasks, ...), and its 95 % interval, low and high."""
-    from rliable import library
-
-    np.random.seed(0)  # noqa: NPY002 (rliable draws from here, whatever random_state it is given)
-    mean, bounds = library.get_interval_estimates({"": scores}, statistic, reps=reps)
-    return mean[""], *bounds[""]
+iqm = partial(stats.trim_mean, proportiontocut=0.25)  # a quarter, rounded down, goes on either side
 
 
-def iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the runs of one task, of each point: (runs, 1, points) to (points).
-
-    What rliable's aggregate_iqm is for one point. That, called for each point of each resample, took 90 s a report, for
-    SciPy's trim_mean spends 0.2 ms on checking its arguments.
-    """
-    cut = len(scores) // 4
-    return np.sort(scores[:, 0], 0)[cut : len(scores) - cut].mean(0)
+def bootstrap(statistic: Callable, scores: np.ndarray) -> tuple[float, float]:
+    """95 % interval, low and high, of a statistic of a score for each run."""
+    if len(set(scores)) == 1:
+        return min(scores), max(scores)
+    options = {"n_resamples": 2000, "method": "percentile", "rng": np.random.default_rng(0)}
+    return tuple(stats.bootstrap((scores,), statistic, **options).confidence_interval)
 
 
-def interval(curves: list[dict[str, float]], points: int = 20) -> tuple[np.ndarray, ...]:
-    """Steps, IQM over seeds and its interval, low and high, of curves {step: value} at common steps."""
-    steps = np.linspace(0, 1, points + 1)[1:] * min(max(map(int, curve)) for curve in curves)
-    rows = np.array([np.interp(steps, [int(step) for step in curve], list(curve.values())) for curve in curves])
-    return steps, *(bootstrap(rows[:, None], iqm) if len(rows) > 1 else (rows[0],) * 3)
-
-
-def finals(runs: list[dict]) -> np.ndarray:
-    """The final return of each seed."""
-    return np.array([run["final_return"] for run in runs])
-
-
-def steps_of(run: dict) -> int:
-    """Environment steps of a run."""
-    return max(map(int, run["evaluations"]))
-
-
-def steps_to(run: dict, threshold: float) -> float:
+def steps_to(evaluations: dict[str, float], threshold: float) -> float:
     """Environment steps until an evaluation reaches the threshold; infinite if none does."""
-    return min((int(step) for step, value in run["evaluations"].items() if value >= threshold), default=math.inf)
+    return min((int(step) for step, value in evaluations.items() if value >= threshold), default=math.inf)
 
 
-def improvement(ours: list[list[dict]], theirs: list[list[dict]]) -> tuple[float, float, float]:
-    """Probability that a run of ours ends above one of theirs, mean over the environments; and its interval."""
-    from rliable import metrics
-
-    scores = []
-    for side in (ours, theirs):
-        fewest = min(len(runs) for runs in side)
-        scores.append(np.array([finals(runs)[:fewest] for runs in side]).T)
-    found = bootstrap(scores, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=1000)
-    return tuple(float(x[0]) for x in found)
+def verdict(ours: tuple[float, float], published: tuple[float, float]) -> str:
+    """What a published interval is against ours."""
+    return "beaten" if ours[0] > published[1] else "below" if ours[1] < published[0] else "equal"
 
 
-def verdict(runs: list[dict], published: tuple[float, float]) -> tuple[str, tuple[float, float]]:
-    """Ours against a published interval, by the bootstrap interval of our mean, which is given back, too."""
-    _, low, high = bootstrap(finals(runs)[:, None], lambda x: np.array([x.mean()]))
-    low, high = float(low[0]), float(high[0])
-    return "beaten" if low > published[1] else "below" if high < published[0] else "equal", (low, high)
+def at_common_steps(curves: Iterable[dict[str, float]], points: int = 20) -> pd.DataFrame:
+    """A row for each step and each curve {step: value}, up to the end of the shortest."""
+    curves = [{int(step): value for step, value in curve.items()} for curve in curves]
+    steps = np.linspace(0, 1, points + 1)[1:] * min(max(curve) for curve in curves)
+    values = [np.interp(steps, list(curve), list(curve.values())) for curve in curves]
+    return pd.DataFrame({"steps": np.tile(steps, len(curves)), "value": np.concatenate(values)})
 
 
 def label(*values: float) -> str:
@@ -129,299 +131,157 @@ def label(*values: float) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def table(head: str, rows: list[list[Any]]) -> str:
-    """Markdown."""
-    lines = [head.split(" | "), ["---"] * len(head.split(" | ")), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+def row_of_returns(env: str, script: str, runs: pd.DataFrame) -> list[str]:
+    """How the runs ended, and what they took."""
+    ends = runs.final_return.to_numpy()
+    row = [env, script, f"{runs.steps.iloc[0]:,}", f"{label(ends.mean())} ({label(*ends)})"]
+    row += [f"{label(iqm(ends))} [{label(*bootstrap(iqm, ends))}]", label(runs.max_return.mean())]
+    return [*row, f"{runs.seconds.median():.0f}", f"{runs.steps_per_second.median():,.0f}"]
 
 
-def table_of_returns(results: Results) -> str:
-    """Final and maximum return, seconds and steps a second of each script on each environment."""
-    rows = []
-    for env, scripts in results.items():
-        for script, runs in scripts.items():
-            mean, low, high = (float(x[0]) for x in bootstrap(finals(runs)[:, None, None], iqm))
-            best = np.mean([run["max_return"] for run in runs])
-            seconds, speed = (np.median([run[name] for run in runs]) for name in ("seconds", "steps_per_second"))
-            rows.append([env, script, f"{steps_of(runs[0]):,}"])
-            rows[-1] += [f"{label(finals(runs).mean())} ({label(*finals(runs))})"]
-            rows[-1] += [f"{label(mean)} [{label(low, high)}]", label(best), f"{seconds:.0f}", f"{speed:,.0f}"]
-    head = "environment | script | steps | final return: mean (seeds) | IQM [95 %] | maximum | seconds | steps/s"
-    return table(head, rows)
+def row_of_published(env: str, script: str, runs: pd.DataFrame) -> list[str]:
+    """Ours against the highest return that is published for the budget."""
+    ends, steps = runs.final_return.to_numpy(), runs.steps.iloc[0]
+    ours = bootstrap(np.mean, ends)
+    row = [env, script, f"{steps:,}", f"{label(ends.mean())} [{label(*ours)}]"]
+    figure = figure_to_beat(script, env, steps)
+    if not figure:
+        return [*row, "", "none published", ""]
+    theirs = label(figure.value) + (f" ± {figure.std:g}" if figure.std else "")
+    judged = verdict(ours, figure.interval) if len(ends) > 1 else "(one seed)"
+    return [*row, theirs, f"{figure.source}, {figure.steps:,} steps", judged]
 
 
-def table_of_published(results: Results) -> str:
-    """Each script against the highest return that is published for its budget."""
-    rows = []
-    for env, scripts in results.items():
-        for script in [script for script in suite.SCRIPTS if script in scripts]:
-            runs = scripts[script]
-            figure = figure_to_beat(script, env, steps_of(runs[0]))
-            if figure:
-                judged, (low, high) = verdict(runs, figure.interval)
-                judged = judged if len(runs) > 1 else "(one seed)"  # whose interval has no width
-                theirs = label(figure.value) + (f" ± {figure.std:g}" if figure.std else "")
-                where = f"{figure.source}, {figure.steps:,} steps"
-            else:
-                (_, (low, high)), judged, theirs, where = verdict(runs, (0, 0)), "", "", "none published"
-            ours = f"{label(finals(runs).mean())} [{label(low, high)}]"
-            rows.append([env, script, f"{steps_of(runs[0]):,}", ours, theirs, where, judged])
-    return table("environment | script | steps | mean [95 %] | published | source | published is", rows)
+def row_of_threshold(env: str, script: str, runs: pd.DataFrame) -> list[str]:
+    """Steps and seconds of training until an evaluation reaches the threshold."""
+    threshold = suite.THRESHOLDS[env]
+    steps = np.array([steps_to(evaluations, threshold) for evaluations in runs.evaluations])
+    medians = np.median(steps), np.median(steps / runs.steps_per_second)
+    shown = ["–" if x == math.inf else f"{x:,.0f}" if x >= 10 else f"{x:.1f}" for x in medians]
+    return [env, str(threshold), script, f"{np.isfinite(steps).sum()} of {len(steps)}", *shown]
 
 
-def table_of_improvement(results: Results) -> str:
-    """The probability of improvement of each script on its peer, on each environment and on all of them."""
-    rows = []
-    for peer in suite.PEERS:
-        script = peer.removeprefix("sb3-")
-        both = {env: (x[script], x[peer]) for env, x in results.items() if script in x and peer in x}
-        groups = {env: [pair] for env, pair in both.items()}
-        groups |= {"all of these": list(both.values())} if len(both) > 1 else {}
-        for name, pairs in groups.items():
-            mean, low, high = improvement(*([pair[side] for pair in pairs] for side in (0, 1)))
-            returns = [label(finals(runs).mean()) for runs in pairs[0]] if len(pairs) == 1 else ["", ""]
-            rows.append([script, peer, name, *returns, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
-    head = "script | peer | environment | final return | of the peer | probability of improvement [95 %]"
-    return table(head, rows) if rows else ""
+def table(head: str, row: Callable, frame: pd.DataFrame) -> str:
+    """Markdown, a row for each script and environment."""
+    groups = frame.groupby(["env", "script"], sort=False)
+    rows = [head.split(" | "), ["---"] * len(head.split(" | ")), *(row(*key, runs) for key, runs in groups)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def table_of_thresholds(results: Results) -> str:
-    """Steps and seconds of training until an evaluation reaches the threshold of the environment."""
-    rows = []
-    for env, scripts in results.items():
-        for script, runs in scripts.items() if env in suite.THRESHOLDS else ():
-            threshold = suite.THRESHOLDS[env]
-            steps = np.array([steps_to(run, threshold) for run in runs])
-            seconds = steps / [run["steps_per_second"] for run in runs]
-            medians = [f"{x:,.0f}" if x >= 10 else f"{x:.1f}" for x in map(np.median, (steps, seconds))]
-            reached = f"{np.isfinite(steps).sum()} of {len(runs)}"
-            rows.append([env, threshold, script, reached, *(x if x != "inf" else "–" for x in medians)])
-    return table("environment | threshold | script | seeds that reach it | steps | seconds", rows)
+def text(frame: pd.DataFrame, figures: list[str]) -> str:
+    """The report."""
+    versions = {" ".join(pair) for versions in frame.versions for pair in versions.items()}
+    returns = "environment | script | steps | mean return (seeds) | IQM [95 %] | maximum | seconds | steps/s"
+    published = "environment | script | steps | mean [95 %] | published | source | published is"
+    thresholds = "environment | threshold | script | seeds that reach it | steps | seconds"
+    return REPORT.format(
+        count=len(frame),
+        versions=", ".join(sorted(versions)),
+        figures="\n".join(f"![{name.removesuffix('.png')}]({name})" for name in FIGURES if name in figures),
+        returns=table(returns, row_of_returns, frame),
+        published=table(published, row_of_published, frame[frame.script.isin(suite.SCRIPTS)]),
+        sources="\n".join(f"- {name}: {what}" for name, what in SOURCES.items()),
+        thresholds=table(thresholds, row_of_threshold, frame[frame.env.isin(suite.THRESHOLDS)]),
+    )
 
 
-def axes_for(count: int, columns: int = 4) -> tuple[Any, list[Any]]:
-    """A figure as wide as a page, and so many of its axes; one more stays free for the legend."""
-    import matplotlib.pyplot as plt
-
-    columns = min(columns, count + 1)
-    rows = -(-(count + 1) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.5 * rows), layout="constrained")
-    for axis in axes.flat[count:]:
-        axis.axis("off")
-    return figure, list(axes.flat)
-
-
-def draw_curve(axis: Any, curves: list[dict[str, float]], script: str) -> None:
-    """One curve with its interval; that of a peer is dashed, in the colour of its script, as that of a variant is.
-
-    Where a script has more variants, the second is black and dotted, the third grey with dots and dashes.
-    """
-    steps, mean, low, high = interval(curves)
-    base = script.removeprefix("sb3-").partition("-")[0]
-    style = STYLES[base] | ({"linestyle": "--", "fillstyle": "none"} if script != base else {})
-    variants = [name for name in suite.VARIANTS if name.partition("-")[0] == base]
-    if script in variants:
-        own = ({}, {"color": "#000000", "linestyle": ":"}, {"color": "#888888", "linestyle": "-."})
-        style |= own[variants.index(script)]
-    axis.plot(steps, mean, label=script, **style)
-    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+def look(name: str) -> dict[str, Any]:
+    """A method has one colour and marker; its variants have other lines and shades, and so has its peer."""
+    base = name.removeprefix("sb3-").partition("-")[0]
+    kind, index = FAMILIES[base].index(name) if name in FAMILIES[base] else 1, suite.SCRIPTS.index(base)
+    return {
+        "palette": tuple(np.array(mpl.colors.to_rgb(COLOURS[index])) * (1, 1, 0.4, 0.7)[kind]),
+        "dashes": ("", (4, 1.5), (1, 1), (3, 1, 1, 1))[kind],
+        "markers": "ov^<sDPX"[index],
+    }
 
 
-def tidy(axes: list[Any]) -> None:
-    """Steps as 100k, a light grid."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    for axis in axes:
+def draw(frame: pd.DataFrame, path: Path, labels: Sequence[str] = ("evaluated return",)) -> None:
+    """A panel for each frame.panel, or for each of them and each label, a label in a row; with one legend."""
+    parts = []
+    for label in labels:
+        tag, _ = PLOTS[label]
+        for (panel, script), runs in frame.dropna(subset=tag).groupby(["panel", "script"], sort=False):
+            parts.append(at_common_steps(runs[tag]).assign(panel=panel, script=script, label=label))
+    if not parts:
+        return
+    names = [name for name in NAMES if name in set(frame.script)]
+    looks = {key: {name: look(name)[key] for name in names} for key in ("palette", "dashes", "markers")}
+    panels = frame.panel.nunique()
+    layout = {"row": "label"} if len(labels) > 1 else {"col_wrap": panels if panels < 5 else -(-panels // 2)}
+    grid = sns.relplot(
+        pd.concat(parts), kind="line", x="steps", y="value", hue="script", style="script", hue_order=names,
+        style_order=names, **looks, estimator=iqm, errorbar=partial(bootstrap, iqm), err_kws={"alpha": 0.15},
+        col="panel", **layout, height=2.3, aspect=1.15, markevery=3, markersize=5, markeredgewidth=0,
+        linewidth=1.2, facet_kws={"sharex": False, "sharey": False},
+    )  # fmt: skip
+    for key, axis in grid.axes_dict.items():
+        label, panel = (labels[0], key) if len(labels) == 1 else key
+        axis.set(xlim=(0, None), **PLOTS[label][1])
+        axis.set_title(panel, fontsize=10)
+        axis.set_ylabel(label if axis.get_ylabel() else "")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3, linewidth=0.5)
-        axis.set_xlim(left=0)
+    grid.set_xlabels("environment steps")
+    grid.savefig(path, dpi=160)
 
 
-def finish(figure: Any, axes: list[Any], path: Path) -> None:
-    """One legend for all, in the place that is free."""
-    shown = [axis for axis in axes if axis.lines]
-    tidy(shown)
-    handles = {label: line for axis in shown for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    order = [name for name in NAMES if name in handles]
-    axes[len(shown)].legend([handles[name] for name in order], order, loc="center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=160)
+def draw_figures(frame: pd.DataFrame, folder: Path) -> None:
+    """Draws what there are results for."""
+    frame = frame.assign(panel=frame.env)
+    draw(frame[frame.script.isin(suite.SCRIPTS)], folder / "curves.png")
+    peers = frame[frame.script.isin(suite.PEERS)]
+    ours = frame[frame.script.isin(peers.script.str.removeprefix("sb3-")) & frame.env.isin(peers.env)]
+    draw(pd.concat([ours, peers]), folder / "peers.png")
+    variants = [frame.head(0)]
+    for (env, name), runs in frame[frame.script.isin(suite.VARIANTS)].groupby(["env", "script"], sort=False):
+        base = name.partition("-")[0]
+        same = suite.budget(base, env) == suite.budget(name, env)
+        beside = frame[(frame.env == env) & (frame.script == base) & same]
+        variants.append(pd.concat([runs, beside]).assign(panel=f"{env}\n{base}"))
+    once = pd.concat(variants).drop_duplicates(["panel", "command"])
+    draw(once, folder / "variants.png")
+    bounded = frame.env.isin(frame.env[frame.script.isin(("npg", "trpo"))])
+    compared = frame[bounded & frame.script.isin(("npg", "trpo", "trpo-dual", "ppo"))]
+    draw(compared, folder / "trust_regions.png", tuple(PLOTS))
 
 
-def draw_returns(results: Results, names: tuple[str, ...], path: Path) -> None:
-    """Evaluated return over environment steps, an axis for each environment, a curve for each script of `names`."""
-    drawn = {env: [name for name in scripts if name in names] for env, scripts in results.items()}
-    drawn = {env: scripts for env, scripts in drawn.items() if scripts}
-    figure, axes = axes_for(len(drawn))
-    for axis, (env, scripts) in zip(axes, drawn.items(), strict=False):
-        for script in scripts:
-            draw_curve(axis, [run["evaluations"] for run in results[env][script]], script)
-        axis.set_title(env, fontsize=10)
-    figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("evaluated return", fontsize=9)
-    finish(figure, axes, path)
+def hyperparameters(script: str, env: str, command: str) -> dict[str, Any]:
+    """All of them, defaults included, from the command line of a run; of a peer also what its zoo sets."""
+    program, *words = shlex.split(command.removeprefix("python ").removeprefix("-m "))
+    module = importlib.import_module(program.removesuffix(".py"))
+    flags = {"script": script} | asdict(tyro.cli(module.Args, args=[*words, "--run-dir", ""]))
+    flags |= vars(module).get("ZOO", {}).get(script[4:], {}).get(env, {})
+    return {name: x if isinstance(x, bool | int | float) else str(x) for name, x in flags.items()}
 
 
-def draw_variants(results: Results, path: Path) -> bool:
-    """Evaluated return of variants, an axis for each environment; beside them, the script if it has the same budget."""
-    import matplotlib.pyplot as plt
-
-    panels = [
-        (env, [name for name in scripts if name.partition("-")[0] == base])
-        for env, scripts in results.items()
-        for base in suite.SCRIPTS
-        if base in scripts and any(name.startswith(f"{base}-") for name in scripts)
-    ]
-    if not panels:
-        return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels), 2.7), layout="constrained", squeeze=False)
-    for axis, (env, names) in zip(axes[0], panels, strict=True):
-        for name in [name for name in names if suite.budget(name, env) == suite.budget(names[-1], env)]:
-            draw_curve(axis, [run["evaluations"] for run in results[env][name]], name)
-        axis.set_title(env, fontsize=10)
-        axis.set_xlabel("environment steps", fontsize=9)
-        axis.legend(frameon=False, fontsize=7, loc="best")
-    axes[0, 0].set_ylabel("evaluated return", fontsize=9)
-    tidy(axes[0])
-    figure.savefig(path, dpi=160)
-    return True
-
-
-def draw_trust_regions(results: Results, path: Path) -> bool:
-    """Return, and of each update KL(π_old‖π), the accepted fraction of the step, and how well V explained the returns.
-
-    The KL of PPO is an estimate, the mean over the minibatches of the update.
-    """
-    import matplotlib.pyplot as plt
-
-    three = ("npg", "trpo", "ppo")
-    envs = [env for env in results if len({suite.budget(script, env) for script in three}) == 1]
-    envs = [env for env in envs if set(three) <= results[env].keys()]
-    envs = [env for env in envs if all("diagnostics" in run for script in three for run in results[env][script])]
-    if not envs:
-        return False
-    rows = {
-        "kl": "KL(π_old‖π) of an update",
-        "accepted_fraction": "accepted fraction",
-        "explained_variance": "explained variance",
-    }
-    figure, axes = plt.subplots(4, len(envs), figsize=(2.7 * len(envs), 8.6), layout="constrained", squeeze=False)
-    for (above, *below), env in zip(axes.T, envs, strict=True):
-        for script in (script for script in results[env] if script in TRUST_REGIONS):
-            runs = results[env][script]
-            draw_curve(above, [run["evaluations"] for run in runs], script)
-            for axis, name in zip(below, rows, strict=True):
-                tag = "losses/approx_kl" if (script, name) == ("ppo", "kl") else f"losses/{name}"
-                if tag in runs[0]["diagnostics"]:
-                    draw_curve(axis, [run["diagnostics"][tag] for run in runs], script)
-        above.set_title(env, fontsize=10)
-        below[0].set(yscale="log")
-        below[1].set(ylim=(0, 1.05))
-        below[2].set(ylim=(0, 1.05), xlabel="environment steps")
-    tidy(axes.flat)
-    for axis, label in zip(axes[:, 0], ("return", *rows.values()), strict=True):
-        axis.set(ylabel=label)
-    lines = {label: x for axis in axes[0] for x, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
-    figure.savefig(path, dpi=160)
-    return True
-
-
-def hyperparameters(script: str, env: str, run: dict) -> dict[str, Any]:
-    """All of them, defaults included, from the command line of a run; of a peer the seed and what its zoo sets."""
-    words = shlex.split(run["command"])
-    if script in suite.PEERS:
-        flags = tyro.cli(peers.Args, args=[*words[3:], "--run-dir", ""])
-        settings = {"seed": flags.seed, "total_timesteps": flags.total_timesteps}
-        settings |= peers.ZOO.get((flags.algorithm, env), {})
-        return {name: x if isinstance(x, bool | int | float) else str(x) for name, x in settings.items()}
-    flags = tyro.cli(importlib.import_module(script.partition("-")[0]).Args, args=words[2:])
-    return {name: value for name, value in asdict(flags).items() if name not in NO_HYPERPARAMETERS}
-
-
-def write_hparams(results: Results, folder: Path) -> None:
-    """One session of TensorBoard's HPARAMS page for each run; in a folder of its own, since runs hold nothing else."""
+def write_hparams(frame: pd.DataFrame, folder: Path) -> None:
+    """One session of TensorBoard's HPARAMS page for each run, in a folder of its own."""
     from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
 
     shutil.rmtree(folder, ignore_errors=True)
-    for env, scripts in results.items():
-        for script, runs in scripts.items():
-            for run in runs:
-                names = ("final_return", "max_return", "steps_per_second", "seconds")
-                metrics = {f"hparams/{name}": run[name] for name in names}
-                given = {"env": env, "script": script} | hyperparameters(script, env, run)
-                with SummaryWriter(str(folder / env / script / f"seed{given['seed']}")) as writer:
-                    for summary in hparams(given, metrics):
-                        writer.file_writer.add_summary(summary)
-                    for tag, value in metrics.items():
-                        writer.add_scalar(tag, value, steps_of(run))
-
-
-def text(results: Results, figures: list[str]) -> str:
-    """The report: tables, then figures."""
-    every = [run for scripts in results.values() for runs in scripts.values() for run in runs]
-    versions: dict[str, set[str]] = {}
-    for run in every:
-        for name, version in run["versions"].items():
-            versions.setdefault(name, set()).add(version)
-    stated = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
-    parts = [
-        "# Results",
-        f"{len(every)} runs; {stated}. Greedy policy at the end of the budget, over 20 episodes (Pendulum and Acrobot "
-        "100), the same ones in every evaluation. Seeds are the replicates; intervals are percentiles of a stratified "
-        "bootstrap. Maximum: mean over seeds of the best of 20 evaluations. Seconds: median over seeds of the whole "
-        "process, evaluations included; steps a second leave them and the compilation out.",
-        table_of_returns(results),
-        "![Evaluated returns](curves.png)",
-        "## Against published returns",
-        "Each script against the highest return that is published for at most its number of steps (else, for the "
-        "fewest steps). Published is *beaten* where the interval of our mean lies above it (or above its own interval, "
-        "where a deviation over runs is published), *below* means that ours lies below it, *equal* that they overlap. "
-        "Environment versions and protocols differ, as said under the table; that of `off_policy_ac.py` is SAC's, that "
-        "of `actor_critic.py` A2C's.",
-        table_of_published(results),
-        "\n".join(f"- {name}: {what}" for name, what in SOURCES.items()),
-        "## Against stable-baselines3",
-        "The peers have the hyperparameters of their zoo, and our environments, budgets, seeds and evaluations. "
-        "Probability of improvement: that a run of ours ends above one of theirs; ties count half.",
-        table_of_improvement(results) or "No peer has been run on an environment of its script.",
-        *(["![Evaluated returns, with peers](peers.png)"] if "peers.png" in figures else []),
-        "## Steps and seconds to a threshold",
-        "Median over seeds, until the first evaluation (one every twentieth of the budget) that reaches it; seconds of "
-        "training, without evaluations, imports and compilation. –: half of the seeds or more never do.",
-        table_of_thresholds(results),
-        *(["## Variants", "![Evaluated returns of variants](variants.png)"] if "variants.png" in figures else []),
-        *(["## Trust regions", "![Trust regions](trust_regions.png)"] if "trust_regions.png" in figures else []),
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    with SummaryWriter(str(folder)) as writer:
+        for _, run in frame.iterrows():
+            names = ("final_return", "max_return", "steps_per_second", "seconds")
+            metrics = {f"hparams/{name}": run[name] for name in names}
+            given = hyperparameters(run.script, run.env, run.command)
+            name = f"{run.env}/{run.script}/seed{given['seed']}"
+            writer.add_hparams(given, metrics, run_name=name, global_step=run.steps)
 
 
 def main(args: Args) -> None:
     """Reads the results and writes the report."""
-    import matplotlib as mpl
-
     mpl.use("agg")  # no screen is needed
     folder, runs = ROOT / args.results, ROOT / args.runs
-    results = load(folder)
-    if not results:
+    frame = load(folder)
+    if frame.empty:
         print(f"no results in {folder}, so no report")
         return
-    figures = ["curves.png"]
-    draw_returns(results, suite.SCRIPTS, folder / "curves.png")
-    compared = {x for scripts in results.values() for p in suite.PEERS if p in scripts for x in (p, p[4:])}
-    if compared:
-        with_peers = {env: scripts for env, scripts in results.items() if {*suite.PEERS} & scripts.keys()}
-        draw_returns(with_peers, tuple(compared), folder / "peers.png")
-        figures.append("peers.png")
-    if draw_variants(results, folder / "variants.png"):
-        figures.append("variants.png")
-    if draw_trust_regions(results, folder / "trust_regions.png"):
-        figures.append("trust_regions.png")
-    (folder / "report.md").write_text(text(results, figures))
+    draw_figures(frame, folder)
+    (folder / "report.md").write_text(text(frame, [path.name for path in folder.glob("*.png")]))
     if runs.is_dir():
-        write_hparams(results, runs / "hparams")
+        write_hparams(frame, runs / "hparams")
     print(f"report in {folder / 'report.md'}")
 
 

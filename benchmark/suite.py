@@ -148,6 +148,11 @@ THRESHOLDS = {
 }
 
 
+def flags(script: str, env_id: str) -> str:
+    """The flags of a script or variant on an environment; where there are none, the defaults do."""
+    return FLAGS.get((script, env_id), "")
+
+
 def applies(script: str, env: str) -> bool:
     """Whether the method takes the environment's actions; a variant, whether it has flags for the environment."""
     if script in VARIANTS:
@@ -163,7 +168,7 @@ def budget(script: str, env: str) -> int:
 def command(script: str, env: str, seed: int, steps: int = 0) -> list[str]:
     """The command line of one run, run directory aside; `steps` replaces the budget."""
     steps = steps or budget(script, env)
-    peer, flags = script in PEERS, FLAGS.get((script, env), "")
-    program = f"-m benchmark.peers --algorithm {script[4:]}" if peer else f"{script.partition('-')[0]}.py"
-    line = f"{program} --env-id {env} --seed {seed} --total-timesteps {steps} {flags}"
+    base = script.partition("-")[0]
+    program = f"-m benchmark.peers --algorithm {script[4:]}" if script in PEERS else f"{base}.py"
+    line = f"{program} --env-id {env} --seed {seed} --total-timesteps {steps} {flags(script, env)}"
     return [*line.split(), "--eval-every", str(max(1, steps // 20)), "--eval-episodes", str(EVAL_EPISODES.get(env, 20))]
