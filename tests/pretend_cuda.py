@@ -7,6 +7,7 @@
 To PyTorch's C++ code a `Gpu` is on `meta`, the one other device that every build knows. `Host` translates
 between cuda, which the program says, and meta; `Device` runs each operation on what is wrapped.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

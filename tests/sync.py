@@ -6,6 +6,7 @@
 NAME is a function, a class, a constant, `main` (if __name__ ...) or `metadata`. A script without
 metadata at its end is of the first edition, and is left alone.
 """
+
 import argparse
 import ast
 import difflib

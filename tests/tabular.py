@@ -11,6 +11,7 @@ itself (the last `next_obs`): there a tabular critic can be exact.
 An episode ends at the transition in TERMINATES, and after `horizon` steps (truncated; it can be both). The
 terminating one arrives in an ordinary state, which has a value: whoever bootstraps there is found out.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

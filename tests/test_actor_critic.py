@@ -29,8 +29,10 @@ PROBABILITIES, OCCUPANCY = TIMED.probabilities(THETA.softmax(-1)), TIMED.occupan
 TRUE_V, TRUE_Q = TIMED.values(THETA.softmax(-1), GAMMA)
 WRONG_V = TRUE_V + torch.tensor([[3, -1.5, 0.7], [0.4, 2, -1], [-2.5, 0.3, 1.1], [1.2, 0.8, -0.9]]).double()
 
+
 def args_of(**flags):
     return actor_critic.Args(**{"gamma": GAMMA, "hidden_size": 5, "device": "cpu"} | flags)
+
 
 def estimated_gradients(values, **flags):
     """Σ_t ∇ log π(a_t|s_t) A_t of each trajectory, (K, rows, A): minus the gradient of the shipped loss."""
@@ -47,13 +49,16 @@ def estimated_gradients(values, **flags):
         grads.append(-length * torch.autograd.grad(loss, agent.actor.weight)[0].T)
     return torch.stack(grads)
 
+
 def expectation(grads):
     return torch.tensordot(PROBABILITIES, grads, 1)
+
 
 def formula(weights):
     """Σ_t E[∇ log π(a_t|s_t) X_t(s_t, a_t)], X (horizon, S, A), by dynamic programming."""
     theta = THETA.clone().requires_grad_()
     return torch.autograd.grad(TIMED.surrogate(theta.softmax(-1), OCCUPANCY, weights), theta)[0]
+
 
 @pytest.mark.parametrize("flags", ESTIMATES, ids=str)
 def test_with_the_true_values_every_advantage_gives_the_policy_gradient(flags):
@@ -64,6 +69,7 @@ def test_with_the_true_values_every_advantage_gives_the_policy_gradient(flags):
     (exact,) = torch.autograd.grad(TIMED.objective(theta.softmax(-1), 1.0), theta)
     close(expectation(estimated_gradients(values, gamma=1.0, **flags)), exact)
     assert exact.norm() > 0.5
+
 
 @pytest.mark.parametrize("flags", [ESTIMATES[i] for i in (0, 1, 2, 3, 4, 8)], ids=str)
 def test_bias_with_a_wrong_critic(flags):
@@ -88,9 +94,11 @@ def test_bias_with_a_wrong_critic(flags):
         _, q_values = TIMED.values(THETA.softmax(-1), GAMMA, WRONG_V[-1])
         close(bias, formula(q_values) - formula(TRUE_Q))
 
+
 def by_loops(args, *arrays):
     n = {"td": 1, "n_step": args.lookahead, "monte_carlo": 1000}.get(args.advantage)
     return n_step_loop(*arrays, args.gamma, n) if n else lambda_loop(*arrays, args.gamma, args.gae_lambda)
+
 
 @pytest.mark.parametrize("flags", ESTIMATES, ids=str)
 def test_advantages_and_targets_equal_double_loops_over_separate_episodes(flags):
@@ -104,12 +112,14 @@ def test_advantages_and_targets_equal_double_loops_over_separate_episodes(flags)
             targets = actor_critic.critic_targets(*map(torch.from_numpy, arrays), args=args)
             close(targets, arrays[1] + n_step_loop(*arrays, GAMMA, n))
 
+
 def real_run(space, **flags):
     """The flags, the agent as it was, iterations, and the agent."""
     args = args_of(env_id=f"Tabular{type(space).__name__}-v0", **flags)
     shape = {"normalize_obs": args.normalize_obs, "shared_network": args.shared_network}
     agent = new_agent(actor_critic, space, **shape)
     return args, copy.deepcopy(agent), watch(actor_critic, agent, "actor_loss", args), agent
+
 
 @SPACES
 @pytest.mark.parametrize("lam", [0.9, 1.0])
@@ -132,12 +142,14 @@ def test_summed_trace_updates_of_an_episode_are_the_lambda_return_update(space, 
             expected = torch.cat([grad.flatten() for grad in grads])
             close(-sum(iterations[t].gradients[i] for t in range(start, end)), expected)
 
+
 CHANGES = [
     {}, {"critic_target": "bootstrap", "anneal_lr": False}, *({"num_steps": 8} | x for x in ESTIMATES[:4]),
     {"normalize_obs": True, "normalize_rewards": True, "normalize_advantages": True, "ent_coef": 0.1},
     {"shared_network": True, "vf_coef": 0.3, "ent_coef": 0.1, "max_grad_norm": 0.1}, ONLINE,
     *({"trace_decay": 0.9, "normalize_rewards": x, "normalize_obs": x, **ONLINE} for x in (False, True)),
 ]  # fmt: skip
+
 
 @SPACES
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -205,6 +217,7 @@ def test_a_run_can_be_retraced_by_a_second_road(space, changes):
     close(tuple(agent.parameters()), tuple(other.parameters()), 1e-6)
     assert min(clipped, restarts) > 0
 
+
 def test_shared_network_and_shapes():
     for shared in (False, True):
         agent = new_agent(actor_critic, DISCRETE, shared_network=shared)
@@ -215,6 +228,7 @@ def test_shared_network_and_shapes():
         actor_critic.actor_loss(agent, obs, actions, wrong, 0.0)
     with pytest.raises(AssertionError):
         actor_critic.critic_loss(agent, obs, wrong)
+
 
 def test_flags_that_would_do_nothing_are_refused():
     trace, shared = {"trace_decay": 0.5, **ONLINE}, {"shared_network": True}

@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported everything: they start at once, and send themselves
 signals at an exact moment. `train` and `cli` run a script inside of pytest.
 """
+
 import importlib
 import io
 import itertools
@@ -51,11 +52,19 @@ TABLE = {
     "ppo": Script("q_loss", "--num-minibatches=7", 7),
 }
 SCRIPTS = [name for name in TABLE if f"{name}.py" in converted()]
-METRICS = re.findall(r"\S+", """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
+METRICS = re.findall(
+    r"\S+",
+    """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
     losses/policy_loss losses/value_loss losses/q_loss losses/entropy losses/approx_kl losses/clipfrac
-    losses/grad_norm losses/explained_variance eval/episodic_return eval/episodic_length""")
-COMMON = set(re.findall(r"\w+", """env_id seed total_timesteps num_envs device num_threads compile run_dir
-    resume checkpoint_every eval_every eval_episodes max_episode_steps"""))
+    losses/grad_norm losses/explained_variance eval/episodic_return eval/episodic_length""",
+)
+COMMON = set(
+    re.findall(
+        r"\w+",
+        """env_id seed total_timesteps num_envs device num_threads compile run_dir
+    resume checkpoint_every eval_every eval_episodes max_episode_steps""",
+    )
+)
 # A run of about two iterations of at most 128 steps; of these flags a script has some
 TINY = {
     "env_id": "Toy-v0", "num_envs": 2, "total_timesteps": 256, "eval_episodes": 0, "device": "cpu",

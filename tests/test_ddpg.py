@@ -239,6 +239,7 @@ def small(script, path, **flags):
     flags |= {"num_envs": 4, "hidden_size": 16, "learning_starts": 100, "batch_size": 64, "device": "cpu"}
     return script.Args(env_id="Both-v0", run_dir=str(path), **flags)
 
+
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("kind", ["ddpg", "resample", "importance", "reparameterized"])
 def test_learns_what_an_update_with_a_wrong_sign_does_not(kind, broken, monkeypatch, tmp_path):

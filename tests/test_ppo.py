@@ -30,6 +30,7 @@ def random_case(space, size=16):
     logprobs = distribution(agent, obs).log_prob(actions).detach()
     return agent, [obs, actions, logprobs + 0.3 * change, 2 * advantages + 1, returns]
 
+
 def reference_loss(agent, obs, actions, old_logprobs, advantages, returns, args):
     """PPO's loss sample by sample, where `if` chooses the branch; and what is logged."""
     pi, eps, losses, kls, clipped = distribution(agent, obs), args.clip_coef, [], [], 0
@@ -46,9 +47,11 @@ def reference_loss(agent, obs, actions, old_logprobs, advantages, returns, args)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, [policy_loss.item(), value_loss.item(), entropy.item(), np.mean(kls), clipped / len(kls)]
 
+
 def gradients(loss, agent):
     """One for each parameter; zeros where there is no way from the loss to it."""
     return torch.autograd.grad(loss, list(agent.parameters()), retain_graph=True, materialize_grads=True)
+
 
 @pytest.mark.parametrize("module", [a2c, actor_critic, npg, trpo, ppo])
 def test_gae_equals_a_double_loop_over_separate_episodes(module):
@@ -58,6 +61,7 @@ def test_gae_equals_a_double_loop_over_separate_episodes(module):
     for i in range(5):  # shapes that would broadcast
         with pytest.raises(AssertionError):
             module.gae(*(torch.zeros(3, 2 - (k == i)) > 0 for k in range(5)), 0.99, 1.0)
+
 
 def test_clipped_surrogate_table():
     """The slope is that of the loss in ρ: zero exactly where the clip holds, and there alone."""
@@ -71,6 +75,7 @@ def test_clipped_surrogate_table():
         close((value, approx_kl, clipfrac), (loss, ratio - 1 - math.log(ratio), ratio in (0.5, 1.5)))
         close(torch.autograd.grad(value, rho)[0], [slope])
         assert not approx_kl.requires_grad
+
 
 @SPACES
 def test_loss_and_gradient(space):
@@ -99,6 +104,7 @@ def test_loss_and_gradient(space):
         with pytest.raises(AssertionError):
             ppo.ppo_loss(agent, *batch[:i], batch[i][:, None], *batch[i + 1 :], args)
 
+
 @SPACES
 @pytest.mark.parametrize("module", [reinforce, actor_critic, a2c, npg, trpo, ppo])
 def test_acting_in_numpy_draws_from_the_policy(module, space):
@@ -119,6 +125,7 @@ def test_acting_in_numpy_draws_from_the_policy(module, space):
     for n in (*noise[:100], 0):
         close(act(obs.numpy(), n), (out + n).argmax(-1) if space is DISCRETE else out + sigma * n, 1e-5)
 
+
 def test_initial_weights_are_orthogonal():
     agent = new_agent(ppo, BOX, 5, spread=0, double=False, hidden_size=16, log_std_init=-0.5)
     for net, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
@@ -126,6 +133,7 @@ def test_initial_weights_are_orthogonal():
             w = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
             close((w @ w.T, layer.bias), (gain**2 * torch.eye(len(w)), torch.zeros_like(layer.bias)), 1e-5)
     assert (agent.log_std == -0.5).all()
+
 
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_running_moments_equal_those_of_all_rows(shape):
@@ -142,6 +150,7 @@ def test_running_moments_equal_those_of_all_rows(shape):
     x = 1e6 + 30 * torch.randn(100, *shape)
     close(norm(x), ((x.numpy() - norm.mean.numpy()) / rows.std(0)).clip(-10, 10), 1e-5)
 
+
 def test_a_constant_input_comes_out_as_0():
     """Also where it is large, in both ways to act; other values are not blown up."""
     agent, same = new_agent(ppo, BOX, 3, double=False, normalize_obs=True), torch.tensor([[1e5, 0.1, -1 / 3]])
@@ -150,10 +159,12 @@ def test_a_constant_input_comes_out_as_0():
     close(agent.obs_norm(torch.cat([same, same + 1])), [[0.0] * 3, [1.0] * 3], 1e-6)
     close(agent.in_numpy()(same.numpy(), 0), agent.actor(torch.zeros(1, 3)), 1e-6)
 
+
 KINDS = [
     {}, {"normalize_rewards": True, "normalize_advantages": False, "anneal_lr": False, "num_minibatches": 1},
     {"normalize_obs": True, "target_kl": 0.03, "update_epochs": 6},
 ]  # fmt: skip
+
 
 @SPACES
 @pytest.mark.parametrize("changes", KINDS, ids=lambda changes: "-".join(changes))

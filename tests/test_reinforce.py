@@ -33,10 +33,12 @@ GROUPED = ("average", "optimal", "time")  # the baselines that need other episod
 MDPS = {1: MDP(horizon=3), 2: MDP(horizon=2), 3: MDP(horizon=2, start=(0.0, 1.0, 0.0))}
 CHOICES = list(product(WEIGHTS, DISCOUNTS, ("none", *GROUPED, "value")))
 
+
 def tabular_agent(theta):
     agent = new_agent(reinforce, DISCRETE, S)
     agent.actor, agent.critic = linear(theta), linear(WRONG_V)
     return agent
+
 
 @cache
 def shipped(weight, discount_from, baseline, n):
@@ -57,22 +59,27 @@ def shipped(weight, discount_from, baseline, n):
     probabilities = torch.tensor(orders).double() * single[torch.tensor(groups)].prod(1)
     return probabilities, grads, [iteration.batches[0][0][:-1] for iteration in iterations]
 
+
 def off_policy(batches, theta, importance):
     """The estimates of ∇J at theta from the same batches, (groups, S, A)."""
     agent = tabular_agent(theta)
     losses = (reinforce.reinforce_loss(agent, *batch, importance)[0] for batch in batches)
     return torch.stack([-torch.autograd.grad(loss, agent.actor.weight)[0].T for loss in losses])
 
+
 def expectation(probabilities, grads):
     return torch.tensordot(probabilities, grads, 1)
+
 
 def variance(probabilities, grads):
     """E‖ĝ − Eĝ‖², summed over the parameters."""
     return float(probabilities @ (grads - expectation(probabilities, grads)).square().flatten(1).sum(1))
 
+
 def true_gradient(mdp, theta):
     theta = theta.clone().requires_grad_()
     return torch.autograd.grad(mdp.objective(theta.softmax(-1), GAMMA), theta)[0]
+
 
 def formula(mdp, discount_from, theta, states, future):
     """Σ_t c_t E[∇ log π_θ(a|s) Q_t(s,a)], a of θ, s of the policy `states`, Q of `future`; c_t: γ^t or 1."""
@@ -81,6 +88,7 @@ def formula(mdp, discount_from, theta, states, future):
     _, q_values = mdp.values(future.softmax(-1), GAMMA)
     surrogate = mdp.surrogate(theta.softmax(-1), discount * mdp.occupancy(states.softmax(-1)), q_values)
     return torch.autograd.grad(surrogate, theta)[0]
+
 
 @pytest.mark.parametrize(
     ("weight", "discount_from", "baseline", "n"),
@@ -100,6 +108,7 @@ def test_expected_gradient(weight, discount_from, baseline, n):
         mean = expectation(probabilities, off_policy(batches, NEW, importance))
         close(mean, formula(mdp, discount_from, NEW, states, future))
         close(off_policy(batches[::9], OLD, importance), grads[::9])  # at θ = β nothing is reweighted
+
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_optimal_baseline_has_the_least_variance_of_all_constants(weight):
@@ -122,6 +131,7 @@ def test_optimal_baseline_has_the_least_variance_of_all_constants(weight):
     scores, grads = torch.tensor([[1], [2e-4]]), torch.tensor([[1], [6e-4]])  # ratios 1 and 3, in float32,
     close(reinforce.optimal_baseline(scores, grads), [3, 1], 1e-3)  # where a sum minus the own term fails
 
+
 def test_weights_are_constants_and_shapes_and_flags_are_checked():
     agent, x = new_agent(reinforce, DISCRETE, 2), torch.randn(4, 5).double()
     (grad,) = torch.autograd.grad(reinforce.pseudo_loss(x.requires_grad_(), x), x)
@@ -132,6 +142,7 @@ def test_weights_are_constants_and_shapes_and_flags_are_checked():
     for baseline in GROUPED:
         with pytest.raises(ValueError, match=f"--baseline {baseline} .*--num-envs"):
             reinforce.Args(num_envs=1, baseline=baseline)
+
 
 class Target(gym.Env):
     """Pays minus the squared distance from the best action for x in ±½, which is seen; one step."""
@@ -152,11 +163,14 @@ class Target(gym.Env):
     def step(self, action):
         return self.x, -float((action - self.best(self.x)).item() ** 2), True, False, {}
 
+
 gym.register("reinforce/TargetBox-v0", Target, kwargs={"space": spaces.Box(-1, 3, (1,))})
 gym.register("reinforce/TargetDiscrete-v0", Target, kwargs={"space": spaces.Discrete(2, start=5)})
 
+
 def real_train(tmp_path, **flags):
     return reinforce.train(reinforce.Args(**{"run_dir": str(tmp_path / "run"), "device": "cpu"} | flags))
+
 
 def by_hand(args, logprobs, rewards, lengths, values, params):
     """Weights minus baseline, (T, N): a matrix of factors of r_u in Ψ_t, then step by step."""
@@ -182,9 +196,11 @@ def by_hand(args, logprobs, rewards, lengths, values, params):
             b[t, i] = values[t, i] * (GAMMA**t if start else 1.0)
     return torch.from_numpy((psi - b) * mask)
 
+
 CHANGES = [{"weight": weight, "discount_from": start, "baseline": name} for weight, start, name in CHOICES]
 CHANGES += [{"anneal_lr": False, "update_epochs": 3, "importance": importance} for importance in IMPORTANCES]
 CHANGES += [{"normalize_obs": True, "normalize_advantages": True, "critic_epochs": 5}]
+
 
 @SPACES
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -240,6 +256,7 @@ def test_a_run_can_be_retraced_by_a_second_road(space, changes):
         assert iteration.metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
         start += sum(lengths)  # only those that were taken
     close(tuple(agent.parameters()), tuple(other.parameters()), 1e-6)
+
 
 @pytest.mark.parametrize("kind", ["Discrete", "Box"])
 def test_demonstrations_are_cloned_once(kind, tmp_path, monkeypatch, capsys):
