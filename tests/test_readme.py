@@ -84,10 +84,10 @@ def test_sentences_are_those_of_the_results():
     one, two = (f"{median(threads[name]['wall']):.0f}" for name in ("eager", "two_threads"))
     assert f"`--num-threads 2` brings {two} steps a second in place of {one}" in TEXT
     races = [load("speed", f"race-ppo-{env}.json")["figures"] for env in ("CartPole-v1", "HalfCheetah-v5")]
-    pole, cheetah = (
-        {side: [mean(run[x] for run in race[side]) for x in ("seconds", "steps")] for side in race}
+    pole, cheetah = [
+        {side: [mean(run[x] for run in runs) for x in ("seconds", "steps")] for side, runs in race.items()}
         for race in races
-    )
+    ]
     assert (
         f"475 on CartPole-v1 after {pole['ours'][0]:.2f} s of training, that of stable-baselines3 after "
         f"{pole['sb3'][0]:.2f} s (mean of {len(races[0]['ours'])} seeds); at 2000 on HalfCheetah-v5 after "
