@@ -104,7 +104,7 @@ def test_committed_results_are_those_of_the_suite() -> None:
     assert all((RESULTS / name).exists() for name in report.FIGURES)
 
 
-@pytest.mark.parametrize("flag", ["run --scripts pop", "run --jobs 0", "run --steps 9", "speed --rounds 0"])
+@pytest.mark.parametrize("flag", ["run --scripts pop", "run --jobs 0", "run --steps 9", "speed --env-id X-v0"])
 def test_bad_flags(flag: str, capsys: pytest.CaptureFixture) -> None:
     name, *words = flag.split()
     with pytest.raises(SystemExit, match="2"):
