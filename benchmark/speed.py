@@ -82,6 +82,10 @@ class Args:
             raise ValueError(f"--script: there is no {self.script}; there are {', '.join(suite.SCRIPTS)}")
         if unknown := set(self.contenders) - {*CONTENDERS}:
             raise ValueError(f"--contenders: there is no {min(unknown)}; there are {', '.join(CONTENDERS)}")
+        try:
+            gym.spec(self.env_id)
+        except (gym.error.Error, ImportError) as error:
+            raise ValueError(f"--env-id {self.env_id}: {error}") from None
         if self.rounds < 1 or self.steps < 1:
             raise ValueError("--rounds and --steps must be at least 1")
 

@@ -104,7 +104,7 @@ def test_committed_results_are_those_of_the_suite() -> None:
     assert all((RESULTS / name).exists() for name in report.FIGURES)
 
 
-@pytest.mark.parametrize("flag", ["run --scripts pop", "run --jobs 0", "run --steps 9", "speed --rounds 0"])
+@pytest.mark.parametrize("flag", ["run --scripts pop", "run --jobs 0", "run --steps 9", "speed --env-id X-v0"])
 def test_bad_flags(flag: str, capsys: pytest.CaptureFixture) -> None:
     name, *words = flag.split()
     with pytest.raises(SystemExit, match="2"):
@@ -278,7 +278,7 @@ def test_statistics_with_known_answers() -> None:
 
 def test_figure_to_beat() -> None:
     """The highest within the budget, else the one with the fewest steps."""
-    assert published.figure_to_beat("ddpg", "HalfCheetah-v5", 300_500).value == 9137
+    assert published.figure_to_beat("ddpg", "HalfCheetah-v5", 299_000).value == 9137
     assert published.figure_to_beat("ddpg", "Hopper-v5", 300_000).value == 1241
     assert published.figure_to_beat("off_policy_ac", CARTPOLE, 100_000).steps == 200_000
     assert published.figure_to_beat("actor_critic", "HalfCheetah-v5", 1_001_472).value == 3041
@@ -420,10 +420,9 @@ def test_speed_compares_processes(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 
 def test_bias_and_variance(tmp_path: Path) -> None:
-    """Squared bias and variance of samples with known ones; and the whole, once."""
-    noise = np.random.default_rng(0).normal(size=(4000, 2)) * (1, 2)
-    found = bias_variance.summary(noise, np.full((4000, 2), (-3, 0)))
-    assert found == (pytest.approx(9, abs=0.3), pytest.approx(5, abs=0.3))
+    """Squared bias and variance of two estimates; and the whole, once."""
+    estimates = np.array([[1.0], [3.0]])  # mean 2, variance 2, whose half is the noise of 2²
+    assert bias_variance.summary(estimates, np.zeros((2, 1))) == (3, 2)
     flags = {"train_steps": 300, "rollouts": 3, "num_steps": 16, "fit_steps": 5, "out": str(tmp_path / "x")}
     bias_variance.main(bias_variance.Args(**flags))
     tables = json.loads((tmp_path / "x.json").read_text())["figures"]["critics"]
