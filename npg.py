@@ -23,14 +23,15 @@ The slides err: they print √(2ε / gᵀF g) without the inverse, two of them d
 KL(π‖π_old), which has the same Hessian at π_old but other values.
 
 Beyond the paper: a discount instead of the average reward; damping is added to F; √ε falls linearly to 0, as
-no batch tells noise from a gradient; advantages are normalised, observations and rewards can be; Adam fits
-the critic, after the policy's step: a critic that has seen the rewards makes advantages too small.
+no batch tells noise from a gradient; advantages are normalised, and rewards by default (Adam is long on the
+way to V near 100), observations can be; Adam fits the critic, after the policy's step: a critic that has
+seen the rewards makes advantages too small.
 
 Compare with a2c.py, which takes a plain gradient step, and trpo.py, which checks this step and shortens it.
 
     python npg.py
     python npg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
-        --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards
+        --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs
 """
 
 import math
@@ -90,7 +91,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch
     normalize_obs: bool = False  # by the running mean and deviation
-    normalize_rewards: bool = False  # by the running deviation of the discounted return
+    normalize_rewards: bool = True  # by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers
     log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
 

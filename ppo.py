@@ -17,14 +17,15 @@ s'_t is the true successor of s_t, also at the end of an episode. If it terminat
 time limit does not. The sum in A_t stops where the episode or the batch ends.
 
 Beyond the paper: advantages are computed anew in every epoch with the newest critic (the paper: once) and
-normalised in every minibatch; observations and rewards can be normalised; the gradient's norm is clipped.
+normalised in every minibatch; the gradient's norm is clipped; rewards are normalised by default (V near 100
+would take all of the clipped norm), observations can be.
 
 Compare with a2c.py: one step on the whole batch, with log π A in the place of L_clip.
 
     python ppo.py
     python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
         --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --ent-coef 0 --log-std-init -1 \
-        --normalize-obs --normalize-rewards
+        --normalize-obs
 """
 
 import math
@@ -68,7 +69,7 @@ class Args:
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
     num_steps: int = 64  # steps of each environment in a batch, T
-    learning_rate: float = 2.5e-3  # Adam's step size
+    learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # lower it linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
@@ -81,7 +82,7 @@ class Args:
     target_kl: float = 0.0  # no further epoch after one with a mean approx_kl above this; 0: off
     normalize_advantages: bool = True  # to mean 0 and deviation 1 in each minibatch
     normalize_obs: bool = False  # by the running mean and deviation
-    normalize_rewards: bool = False  # by the running deviation of the discounted return
+    normalize_rewards: bool = True  # by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers
     log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
 

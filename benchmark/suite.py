@@ -88,7 +88,7 @@ FLAGS = {
     ("npg", "Acrobot-v1"): "--num-steps 32 --gamma 0.995 --normalize-obs --normalize-rewards",
     ("trpo", "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards",
     **{
-        (script, "Pendulum-v1"): "--num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9"
+        (script, "Pendulum-v1"): "--num-envs 4 --num-steps 256 --num-minibatches 16 --gamma 0.9 --no-normalize-rewards"
         for script in ("npg", "trpo")
     },
     **{(script, env): TRUST_MUJOCO for script in ("npg", "trpo") for env in MUJOCO},
@@ -129,7 +129,7 @@ FLAGS = {
     },
     ("ppo", "Pendulum-v1"): (
         "--num-envs 4 --num-steps 1024 --num-minibatches 64 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
-        "--ent-coef 0"
+        "--ent-coef 0 --no-normalize-rewards"
     ),
     **{("ppo", env): PPO_MUJOCO for env in MUJOCO},
     ("ppo", "Hopper-v5"): PPO_MUJOCO.replace(NARROW, ""),
