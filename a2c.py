@@ -27,7 +27,7 @@ Compare with actor_critic.py, which fits the critic first, and ppo.py, which tak
 
     python a2c.py
     python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --optimizer adam --num-steps 64 \
-        --normalize-advantages --log-std-init -1 --normalize-obs
+        --gae-lambda 0.95 --normalize-advantages --log-std-init -1 --normalize-obs
     python a2c.py --asynchronous --num-workers 2 --num-envs 4
     torchrun --nproc-per-node 2 a2c.py
 """
@@ -79,12 +79,12 @@ class Args:
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
     log_interval: int = 512  # environment steps between two points of a curve
-    num_steps: int = 16  # steps of each environment in a batch, T
+    num_steps: int = 8  # steps of each environment in a batch, T
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # the paper's is RMSprop
     learning_rate: float = 2e-3  # the optimizer's step size
     anneal_lr: bool = True  # lower it linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
+    gae_lambda: float = 1.0  # λ of GAE: 0 is one step, 1 is Monte Carlo
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # a longer gradient is scaled down to this norm

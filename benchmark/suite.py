@@ -46,7 +46,7 @@ PPO_MUJOCO = (
     f"{NARROW} --normalize-obs --normalize-rewards --compile"
 )
 ACTOR_CRITIC_MUJOCO = "--num-steps 64 --learning-rate 1e-3 --normalize-obs --normalize-rewards --normalize-advantages"
-A2C_MUJOCO = "--learning-rate 1e-3 --normalize-obs --compile --num-steps 32"
+A2C_MUJOCO = "--learning-rate 1e-3 --gae-lambda 0.95 --normalize-obs --compile --num-steps 32"
 TRUST_MUJOCO = (
     f"--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 {NARROW} --normalize-obs "
     "--normalize-rewards"
@@ -77,14 +77,14 @@ FLAGS = {
     ),
     ("actor_critic", "HalfCheetah-v5"): f"{ACTOR_CRITIC_MUJOCO} {NARROW}",
     **{("actor_critic", env): ACTOR_CRITIC_MUJOCO for env in MUJOCO if env != "HalfCheetah-v5"},
-    ("a2c", "Acrobot-v1"): "--learning-rate 1e-3",
+    ("a2c", "Acrobot-v1"): "--num-steps 16 --gae-lambda 0.95 --learning-rate 1e-3",
     ("a2c", "Pendulum-v1"): "--num-envs 8 --num-steps 4 --gamma 0.9 --gae-lambda 0.8 --log-std-init 1",
     **{("a2c", env): A2C_MUJOCO for env in ("InvertedPendulum-v5", "Hopper-v5")},
     ("a2c", "HalfCheetah-v5"): (
-        f"--optimizer adam --learning-rate 2e-3 --num-steps 64 {NARROW} --normalize-advantages --normalize-obs "
-        "--compile"
+        f"--optimizer adam --learning-rate 2e-3 --num-steps 64 --gae-lambda 0.95 {NARROW} "
+        "--normalize-advantages --normalize-obs --compile"
     ),
-    ("a2c", "Walker2d-v5"): f"--learning-rate 7e-4 --num-envs 4 --num-steps 8 {NARROW} --normalize-obs --compile",
+    ("a2c", "Walker2d-v5"): f"--learning-rate 7e-4 --num-envs 4 --gae-lambda 0.95 {NARROW} --normalize-obs --compile",
     ("npg", "Acrobot-v1"): "--num-steps 32 --gamma 0.995 --normalize-obs --normalize-rewards",
     ("trpo", "Acrobot-v1"): "--num-steps 32 --normalize-obs --normalize-rewards",
     **{
