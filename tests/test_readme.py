@@ -1,18 +1,24 @@
-"""Proves that the numbers of README.md are those of the committed results, and that it has every script."""
+"""Proves that README.md and benchmark/README.md have the numbers of the results, and name what there is."""
 
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
 from statistics import mean, median
 
+import tyro
+
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
-TEXT = " ".join(README.split())
+BENCHMARK = (ROOT / "benchmark" / "README.md").read_text()
+TEXT = " ".join(BENCHMARK.split())
 RESULTS = ROOT / "benchmark" / "results"
+REPORT = [line.strip("| ").split(" | ") for line in (RESULTS / "report.md").read_text().splitlines()]
 
 
 def runs_of(env: str, name: str) -> list[dict]:
-    """The committed results, in the order of the seeds."""
     files = sorted((RESULTS / env / name).glob("seed*.json"), key=lambda path: int(path.stem[4:]))
     return [json.loads(path.read_text()) for path in files]
 
@@ -21,8 +27,8 @@ def load(*names: str) -> dict:
     return json.loads(RESULTS.joinpath(*names).read_text())
 
 
-def rows_of(pattern: str) -> list[tuple[str, ...]]:
-    return re.findall(pattern, README, re.MULTILINE)
+def rows_of(pattern: str, text: str = BENCHMARK) -> list[tuple[str, ...]]:
+    return re.findall(pattern, text, re.MULTILINE)
 
 
 def assert_shown(runs: list[dict], average: str, seeds: str, seconds: str) -> None:
@@ -52,9 +58,8 @@ def test_returns_are_those_of_the_results():
 
 
 def test_verdicts_are_those_of_the_report():
-    rows = [line.strip("| \n").split(" | ") for line in (RESULTS / "report.md").read_text().splitlines()]
     words = ("beaten", "equal", "below")
-    verdicts = {(row[1], row[0]): row[6] for row in rows if len(row) == 7 and row[6] in words}
+    verdicts = {(row[1], row[0]): row[6] for row in REPORT if len(row) == 7 and row[6] in words}
     beaten, equal, below = ([pair for pair in verdicts if verdicts[pair] == x] for x in words)
     counts = f"in {len(beaten)} cases of {len(verdicts)}, equal within 95 % intervals in {len(equal)}"
     assert f"is beaten {counts}" in TEXT
@@ -79,35 +84,67 @@ def test_speeds_are_those_of_the_results():
 
 def test_sentences_are_those_of_the_results():
     minutes, seconds = divmod(load("statistics", "sweep-classic.json")["seconds"], 60)
-    assert f"which took {minutes:.0f} min {seconds:.0f} s" in TEXT
     threads = load("speed", "threads-ddpg-HalfCheetah-v5.json")["figures"]
     one, two = (f"{median(threads[name]['wall']):.0f}" for name in ("eager", "two_threads"))
-    assert f"`--num-threads 2` brings {two} steps a second in place of {one}" in TEXT
     races = [load("speed", f"race-ppo-{env}.json")["figures"] for env in ("CartPole-v1", "HalfCheetah-v5")]
-    pole, cheetah = (
-        {side: [mean(run[x] for run in race[side]) for x in ("seconds", "steps")] for side in race} for race in races
-    )
-    assert (
-        f"475 on CartPole-v1 after {pole['ours'][0]:.2f} s of training, that of stable-baselines3 after "
-        f"{pole['sb3'][0]:.2f} s (mean of {len(races[0]['ours'])} seeds); at 2000 on HalfCheetah-v5 after "
-        f"{cheetah['ours'][0]:.1f} s ({round(cheetah['ours'][1], -3):,.0f} steps), compilation included, and "
-        f"after {cheetah['sb3'][0]:.0f} s ({round(cheetah['sb3'][1], -3):,.0f} steps; "
-        f"mean of {len(races[1]['ours'])} seeds)"
-    ) in TEXT
-    runs = {script: runs_of("HalfCheetah-v5", script) for script in ("off_policy_ac", "ddpg")}
+    pole, peer, cheetah, late = (mean(run["seconds"] for run in race[x]) for race in races for x in ("ours", "sb3"))
     asked = (("off_policy_ac", 105), ("off_policy_ac", 300), ("ddpg", 105), ("ddpg", 120), ("ddpg", 300))
-    old = [f"{mean(run['evaluations'][f'{k}000'] for run in runs[script]):.0f}" for script, k in asked]
-    assert (
-        f"`reparameterized` is at {old[0]} after 105,000 steps and at {old[1]} after 300,000, `ddpg.py` at "
-        f"{old[2]} (after 120,000 at {old[3]}) and {old[4]}."
-    ) in TEXT
+    old = [mean(run["evaluations"][f"{k}000"] for run in runs_of("HalfCheetah-v5", name)) for name, k in asked]
+    for sentence in (
+        f"which took {minutes:.0f} min {seconds:.0f} s",
+        f"`--num-threads 2` brings {two} steps a second in place of {one}",
+        f"475 on CartPole-v1 after {pole:.2f} s of training, that of stable-baselines3 after {peer:.2f} s",
+        f"at 2000 on HalfCheetah-v5 after {cheetah:.1f} s, compilation included, and after {late:.0f} s",
+        "`reparameterized` is at {:.0f} after 105,000 steps and at {:.0f} after 300,000, `ddpg.py` at {:.0f} "
+        "(after 120,000 at {:.0f}) and {:.0f}.".format(*old),
+    ):
+        assert sentence in TEXT
 
 
-def test_every_script_has_its_number_of_lines():
-    """Those above the rule + those below it."""
-    expected = set()
-    for path in ROOT.glob("*.py"):
+def test_every_script_has_its_number_of_lines_and_every_tag_a_row():
+    expected, row = set(), r'"((?:charts|losses|eval)/\w+)"'
+    for path in SCRIPTS:
         lines = path.read_text().splitlines()
         rule = next(i for i, line in enumerate(lines) if line.startswith("# ----"))
         expected.add((path.name, f"{rule} + {len(lines) - rule}"))
-    assert set(rows_of(r"^\| `(\w+\.py)` \|.*\| (\d+ \+ \d+) \|$")) == expected
+    assert set(rows_of(r"^\| `(\w+\.py)` \|.*\| (\d+ \+ \d+) \|$", README)) == expected
+    logged = set(re.findall(row, "".join(path.read_text() for path in SCRIPTS)))
+    assert {*rows_of("^\\| " + row.replace('"', "`"), README), "eval/episodic_length"} == logged
+
+
+def test_readme_is_short_and_its_results_are_those_of_the_report():
+    assert len(README.split()) <= 1500
+    assert len(rows_of(r"^\|", README)) <= 45
+    rows = rows_of(r"^\| `(\w+)\.py` \| ([\w-]+) \| (\S+) \| (\S+) \((.*?)\) \| (\d+) \|$", README)
+    published = {(row[1], row[0]): row[4:6] for row in REPORT if len(row) == 7}
+    for script, env, ours, theirs, source, seconds in rows:
+        runs = runs_of(env, script)
+        assert ours == f"{mean(run['final_return'] for run in runs):.0f}".replace("-", "−")
+        assert int(seconds) == round(median(run["seconds"] for run in runs))
+        value, named = published[script, env]
+        assert [theirs, source] == [value.partition(" ")[0].replace("-", "−"), named.partition(",")[0]]
+    assert {row[0] for row in rows} == {path.stem for path in SCRIPTS}
+    figures = load("speed", "ppo-HalfCheetah-v5.json")["figures"]
+    assert "| {:,.0f} | {:,.0f} (stable".format(*(median(figures[x]["cpu"]) for x in ("compiled", "sb3"))) in README
+
+
+def test_flags_files_and_code_that_are_shown_exist():
+    sources = [*SCRIPTS, *(ROOT / "benchmark").glob("*.py")]
+    fields = set(re.findall(r"^    (\w+): .* = ", "".join(path.read_text() for path in sources), re.MULTILINE))
+    for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README + BENCHMARK):
+        assert flag.replace("-", "_").removeprefix("no_") in fields | {"help", "nproc_per_node", "logdir"}, flag
+    for folder, text in ((ROOT, README), (ROOT / "benchmark", BENCHMARK)):
+        assert all((folder / link).exists() for link in re.findall(r"\]\(([^)#]+)\)", text))
+    (taste,) = re.findall(r"```python\n(def .*?)```", README, re.DOTALL)
+    assert taste in (ROOT / "ppo.py").read_text()
+
+
+def test_each_topic_of_the_lecture_has_its_function_and_flag():
+    """A function or class of that name is in the file; a script takes the flags with their values."""
+    rows = rows_of(r"^\| [^|`]+ \| `([\w/]+\.py)` \| `(\w+)` \|(?: `(.*)`)? \|$")
+    assert len(rows) == len(BENCHMARK.partition("| topic |")[2].splitlines()) - 2 > 40
+    for file, function, flags in rows:
+        nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+        assert function in {getattr(node, "name", None) for node in nodes}, (file, function)
+        if flags:
+            tyro.cli(importlib.import_module(file.removesuffix(".py")).Args, args=flags.split())
