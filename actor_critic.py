@@ -438,7 +438,7 @@ def set_up(args):
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     compiled = vars(args).get("compile", False)
     try:
-        torch.compile(torch.neg, disable=not compiled)(torch.zeros(1, device=device)).item()
+        (torch.compile(torch.neg) if compiled else torch.neg)(torch.zeros(1, device=device)).item()
     except Exception as error:
         fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
     torch.set_num_threads(args.num_threads)

@@ -293,7 +293,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
 METRICS = (
     "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/kl", "losses/grad_norm",
     "losses/improvement", "losses/accepted_fraction", "losses/step_size", "losses/value_loss",
-    "losses/explained_variance", "losses/multiplier",
+    "losses/explained_variance",
 )  # fmt: skip
 
 
@@ -388,8 +388,10 @@ def train(args: Args) -> dict[str, float]:
             # 7. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(obs)
-            metrics += [torch.stack(losses).mean(), explained, agent.multiplier.clone()]
+            metrics += [torch.stack(losses).mean(), explained]
             metrics = {tag: x.detach() for tag, x in zip(METRICS, metrics, strict=True)}
+            if args.constraint == "dual":
+                metrics["losses/multiplier"] = agent.multiplier.clone()
             run.end_iteration(metrics, learning_rate)
         return run.finish()
 
@@ -477,7 +479,7 @@ def set_up(args):
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     compiled = vars(args).get("compile", False)
     try:
-        torch.compile(torch.neg, disable=not compiled)(torch.zeros(1, device=device)).item()
+        (torch.compile(torch.neg) if compiled else torch.neg)(torch.zeros(1, device=device)).item()
     except Exception as error:
         fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
     torch.set_num_threads(args.num_threads)
