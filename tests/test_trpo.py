@@ -179,6 +179,7 @@ def test_a_run_is_taken_again_by_a_second_road(module, flags, space):
         close(vector(shipped.critic.parameters()), vector(agent.critic.parameters()), 1e-5)
         close(iteration.rates[1], left * args.critic_learning_rate)
         metrics = iteration.metrics
+        assert ("losses/multiplier" in metrics) == (getattr(args, "constraint", "") == "dual")
         expected = [*expected, sum(losses) / len(losses), explained, dual.lam][: len(metrics)]
         for value, reference in zip(metrics.values(), expected, strict=True):
             close(value, reference, 1e-6 + 1e-4 * abs(value))
