@@ -177,7 +177,7 @@ def a2c_loss(
     assert logprobs.shape == advantages.shape == values.shape == returns.shape
     policy_loss, value_loss = -(logprobs * advantages).mean(), mse_loss(values, returns)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, [policy_loss, value_loss, entropy]
+    return loss, [policy_loss, value_loss, entropy, explained_variance(values, returns)]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -186,8 +186,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 METRICS = (
-    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm",
-    "losses/explained_variance",
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/explained_variance",
+    "losses/grad_norm",
 )  # fmt: skip
 
 
@@ -267,7 +267,6 @@ def train(args: Args) -> dict[str, float]:
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
-            explained = explained_variance(values, returns)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(gather(advantages), correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -283,7 +282,7 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(gather(obs))
-            metrics = [*metrics.clone(), grad_norm, explained]
+            metrics = [*metrics.clone(), grad_norm]
             run.end_iteration(dict(zip(METRICS, metrics, strict=True)), learning_rate, args.log_interval)
             if processes > 1:  # they stop together
                 run.signal = int(gather(torch.full((1, 1), run.signal, device=device)).max())
@@ -324,7 +323,6 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
-            explained = explained_variance(values, returns)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(advantages, correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -338,7 +336,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 if args.normalize_obs:
                     shared.obs_norm.update(obs)
                 steps_taken += args.num_steps * args.num_envs
-            metrics = [x.item() for x in (*metrics, grad_norm, explained)]
+            metrics = [x.item() for x in (*metrics, grad_norm)]
             reports.put((envs.ended, metrics, args.learning_rate * left))
             envs.ended = []
 
