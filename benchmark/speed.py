@@ -6,7 +6,9 @@
 Each contender is a process of its own; in a round they run one after the other, so that a machine whose speed
 drifts slows all of them. What comes before the end of the first iteration with an update (imports, warm-up,
 compilation) is left out. Both clocks are shown: wall time, and the CPU time of the process, which other
-processes disturb less.
+processes disturb less. CleanRL's scripts need an older Gymnasium: --cleanrl names a checkout with
+a virtual environment in .venv (torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 numpy==1.26.4 imageio==2.38.1 tyro
+tensorboard).
 """
 
 import importlib
@@ -15,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -63,6 +66,29 @@ SETTINGS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
         {"learning_starts": 1000, "batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}},
     ),
 }
+CLEANRL = {  # the rest of its hyperparameters are its defaults
+    ("ppo", "HalfCheetah-v5"): "ppo_continuous_action --env-id HalfCheetah-v4",
+    ("ppo", "CartPole-v1"): "ppo --env-id CartPole-v1",
+    ("ddpg", "HalfCheetah-v5"): (
+        "ddpg_continuous_action --env-id HalfCheetah-v4 --learning-starts 1000 --policy-frequency 1"
+    ),
+}
+STAMPING = """  # runs a script with a stamp wherever it logs its own speed
+import json, os, runpy, sys, tempfile, time, torch
+from torch.utils.tensorboard import SummaryWriter
+torch.set_num_threads(1)
+stamps, original = [], SummaryWriter.add_scalar
+def add_scalar(self, tag, value, step, *more):
+    if tag == "charts/SPS":
+        stamps.append((step, time.perf_counter(), time.process_time()))
+    original(self, tag, value, step, *more)
+SummaryWriter.add_scalar = add_scalar
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(os.path.dirname(sys.argv[0])))
+os.chdir(tempfile.mkdtemp())
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("\\n" + json.dumps(stamps))
+"""
 
 
 @dataclass(frozen=True)
@@ -71,10 +97,11 @@ class Args:
 
     script: str = "ppo"  # name without .py
     env_id: str = "HalfCheetah-v5"  # Gymnasium environment
-    contenders: tuple[str, ...] = ("bare", "acting", "eager", "compiled", "sb3")  # those that there are
+    contenders: tuple[str, ...] = ("bare", "acting", "eager", "compiled", "sb3", "cleanrl")  # those there are
     flags: str = ""  # more flags of the script
     rounds: int = 3  # each contender runs once a round
     steps: int = 20_480  # environment steps that are timed in one run, at least
+    cleanrl: str = ""  # folder of CleanRL, if it is to be timed
     out: str = ""  # JSON file for the figures
 
     def __post_init__(self) -> None:
@@ -180,12 +207,22 @@ def time_sb3(args: Args) -> Stamps:
     return stamps
 
 
+def time_cleanrl(args: Args) -> Stamps:
+    """A script of CleanRL in its own virtual environment."""
+    name, *words = CLEANRL[args.script, args.env_id].split()
+    folder = Path(args.cleanrl).absolute()
+    line = [folder / ".venv/bin/python", "-c", STAMPING, folder / f"cleanrl/{name}.py", *words, "--no-cuda"]
+    line += ["--total-timesteps", str(args.steps + 4096)]
+    return json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 CONTENDERS = {  # column of the table, and what is timed
     "bare": ("environment alone", time_environment),
     "acting": ("+ acting", time_acting),
     "eager": ("+ update", time_script),
     "compiled": ("+ update, compiled", partial(time_script, compiled=True)),
     "sb3": ("stable-baselines3", time_sb3),
+    "cleanrl": ("CleanRL", time_cleanrl),
 }
 
 
@@ -202,6 +239,7 @@ def main(args: Args) -> None:
     """Interleaves the contenders, prints the medians, and, if asked, writes all figures with the versions."""
     setting = SETTINGS.get((args.script, args.env_id))
     there = {"compiled": hasattr(args.module.Args, "compile"), "sb3": setting}
+    there["cleanrl"] = args.cleanrl and (args.script, args.env_id) in CLEANRL
     rows: dict[str, list[tuple[float, float]]] = {x: [] for x in args.contenders if there.get(x, True)}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -224,7 +262,7 @@ def main(args: Args) -> None:
     if args.out:
         packages = ("torch", "gymnasium", "numpy", "mujoco", "stable-baselines3")
         versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-        head = {"args": asdict(args), "setting": setting, "versions": versions}
+        head = {"args": asdict(args) | {"cleanrl": "", "out": ""}, "setting": setting, "versions": versions}
         Path(args.out).write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n")
 
 
