@@ -25,15 +25,15 @@ and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e; so fo
 With --shared-network 4 and 5 are one step on the sum of the losses, with advantages of the critic before it.
 
 Beyond the sources: step t does not count γ^t times (reinforce.py tells why); Adam; the gradient's norm is
-clipped; observations, rewards and advantages can be normalised.
+clipped; rewards are normalised by default, observations and advantages can be.
 
 Compare with reinforce.py, which waits for whole episodes, and a2c.py: short rollouts, one loss for both.
 
     python actor_critic.py
     python actor_critic.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-steps 64 \
-        --learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-rewards --normalize-advantages
+        --learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-advantages
     python actor_critic.py --num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 \
-        --critic-learning-rate 1e-3
+        --critic-learning-rate 1e-3 --no-normalize-rewards
 """
 
 import math
@@ -95,7 +95,7 @@ class Args:
     max_grad_norm: float = 0.5  # a longer gradient is scaled down to this norm
     normalize_advantages: bool = False  # to mean 0 and deviation 1 in each batch
     normalize_obs: bool = False  # by the running mean and deviation
-    normalize_rewards: bool = False  # by the running deviation of the discounted return
+    normalize_rewards: bool = True  # by the running deviation of the discounted return
     hidden_size: int = 64  # width of the two hidden layers
     log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
 

@@ -68,7 +68,8 @@ FLAGS = {
     ("reinforce", "HalfCheetah-v5"): f"--num-envs 4 {NARROW} --normalize-obs --normalize-advantages",
     **{("reinforce", env): "--normalize-obs --normalize-advantages" for env in LEGS},
     ("actor_critic-online", "CartPole-v1"): (
-        "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3"
+        "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3 "
+        "--no-normalize-rewards"
     ),
     ("actor_critic", "Acrobot-v1"): "--normalize-obs --normalize-rewards",
     ("actor_critic", "Pendulum-v1"): (

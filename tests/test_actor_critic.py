@@ -31,7 +31,8 @@ WRONG_V = TRUE_V + torch.tensor([[3, -1.5, 0.7], [0.4, 2, -1], [-2.5, 0.3, 1.1],
 
 
 def args_of(**flags):
-    return actor_critic.Args(**{"gamma": GAMMA, "hidden_size": 5, "device": "cpu"} | flags)
+    shape = {"gamma": GAMMA, "hidden_size": 5, "device": "cpu", "normalize_rewards": False}
+    return actor_critic.Args(**shape | flags)
 
 
 def estimated_gradients(values, **flags):
