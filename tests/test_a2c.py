@@ -81,7 +81,10 @@ class Recorder(gym.Env):
             with suppress(FileExistsError), open(self.path + ".struck", "x"):
                 if how == "raise":
                     raise RuntimeError("the environment broke")
-                os.kill(os.getpid(), int(how))
+                if how == "locked":  # dies with the lock that it has when it updates statistics
+                    a2c.RunningNorm.update = lambda *_: os.kill(os.getpid(), 9)
+                else:
+                    os.kill(os.getpid(), int(how))
         return *result, {}
 
 
@@ -286,7 +289,7 @@ def test_two_workers_lose_nothing(tmp_path, monkeypatch):
     np.testing.assert_allclose(sorted(x.value for x in points), returns, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["raise", "9"])
+@pytest.mark.parametrize("how", ["raise", "9", "locked"])
 def test_a_worker_that_fails_or_dies_ends_the_run(how, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("STRIKE", f"50 {how}")
@@ -326,6 +329,17 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path, here):
     assert saved(flags["run_dir"])["step"] == state["step"] + 2 * 4
 
 
+def test_workers_end_with_their_parent(tmp_path):
+    """SIGKILL leaves it no time to tell them."""
+    record, flags = tmp_path / "record", TWO | {"total_timesteps": 10**6, "run_dir": str(tmp_path / "run")}
+    with start(flags, cwd=tmp_path, RECORD=str(record)) as child:
+        while not record.exists() or len(records(record)) < 100:
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.kill()
+    assert_gone(record)
+
+
 def test_torchrun_is_the_single_process(tmp_path):
     """To rounding, although all stopped in the third of eight iterations: the second process got a signal."""
     flags = {"num_envs": 4, "num_steps": 8, "total_timesteps": 256, "checkpoint_every": 96, "log_interval": 1}
@@ -339,6 +353,7 @@ def test_torchrun_is_the_single_process(tmp_path):
     assert out.count("from step 0") == 1
     (run_dir,) = (tmp_path / "runs/test_a2c:Recorder-v0/a2c").iterdir()
     assert f"a2c: stopped at step 96; add --run-dir {run_dir.relative_to(tmp_path)}" in err
+    assert err.count("a2c: stopped") == 1
     assert saved(run_dir)["step"] == 96
     with start(flags | {"run_dir": run_dir, "resume": True}, *torchrun, cwd=tmp_path, **environ) as child:
         out, err = child.communicate(timeout=120)
