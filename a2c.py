@@ -55,8 +55,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, multiprocessing, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -111,7 +109,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -175,14 +173,10 @@ def a2c_loss(
     logprobs, entropy = agent.policy(obs, actions)
     values, entropy = agent.value(obs), entropy.mean()
     assert logprobs.shape == advantages.shape == values.shape == returns.shape
-    policy_loss, value_loss = -(logprobs * advantages).mean(), mse_loss(values, returns)
+    policy_loss, value_loss = -(logprobs * advantages).mean(), nn.functional.mse_loss(values, returns)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, [policy_loss, value_loss, entropy, explained_variance(values, returns)]
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    return loss, [policy_loss, value_loss, entropy, explained]
 
 
 METRICS = (
@@ -241,7 +235,8 @@ def train(args: Args) -> dict[str, float]:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
             gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
 
-        while run.step < args.total_timesteps and not run.signal:
+        stop = 0
+        while run.step < args.total_timesteps and not stop:
             # 1. anneal the learning rate
             learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
             optimizer.param_groups[0]["lr"] = learning_rate
@@ -284,8 +279,8 @@ def train(args: Args) -> dict[str, float]:
                 agent.obs_norm.update(gather(obs))
             metrics = [*metrics.clone(), grad_norm]
             run.end_iteration(dict(zip(METRICS, metrics, strict=True)), learning_rate, args.log_interval)
-            if processes > 1:  # they stop together
-                run.signal = int(gather(torch.full((1, 1), run.signal, device=device)).max())
+            stop = int(gather(torch.full((1, 1), run.signal)).max()) if dist.is_initialized() else run.signal
+        run.signal = stop or run.signal
         return run.metrics if rank else run.finish()
 
 
@@ -305,7 +300,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
             torch.manual_seed(int(np.random.SeedSequence((args.seed, 2, start, k)).generate_state(1)[0]))
         while steps_taken < args.total_timesteps:
             with lock:
-                left = 1 - args.anneal_lr * steps_taken.item() / args.total_timesteps
+                left = max(0, 1 - args.anneal_lr * steps_taken.item() / args.total_timesteps)
                 agent.load_state_dict(shared.state_dict())  # θ' ← θ
             act, steps = agent.in_numpy(), []
             for noise in agent.noise(args.num_steps, args.num_envs):
@@ -327,7 +322,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 std, mean = torch.std_mean(advantages, correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
             loss, metrics = a2c_loss(agent, obs, actions, advantages, returns, args)
-            grad = parameters_to_vector(torch.autograd.grad(loss, list(agent.parameters())))
+            grad = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(agent.parameters())))
             grad_norm = grad.norm()
             with lock:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * left
@@ -416,8 +411,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -537,8 +532,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -602,9 +598,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -54,8 +54,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -117,7 +115,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
         if args.shared_network:
             self.critic = nn.Sequential(*self.actor[:-1], self.critic[-1])
@@ -213,7 +211,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     """mean (V(s) − y)² over rows (T, N)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
-    return mse_loss(values, returns)
+    return nn.functional.mse_loss(values, returns)
 
 
 def actor_loss(
@@ -228,19 +226,19 @@ def actor_loss(
 
 def eligibility_trace(trace: Tensor | float, decay: float, output: Tensor, params: list[Tensor]) -> Tensor:
     """e ← γλ e + ∇x (Sutton and Barto 2018, eq. 12.5), one vector; x is log π(a|s) or V(s), decay is γλ."""
-    return decay * trace + parameters_to_vector(torch.autograd.grad(output, params))
+    return decay * trace + nn.utils.parameters_to_vector(torch.autograd.grad(output, params))
 
 
-def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-    norm = grad.norm()
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
 def trace_loss(trace: Tensor, td_error: Tensor, params: list[Tensor]) -> Tensor:
     """−δ ⟨e, θ⟩ with constants δ and e: a step down this pseudo-loss goes along δ e (eq. 12.7)."""
-    return -td_error.sum() * (trace @ parameters_to_vector(params))
+    return -td_error.sum() * (trace @ nn.utils.parameters_to_vector(params))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
@@ -282,12 +280,11 @@ def train(args: Args) -> dict[str, float]:
                 loss = loss + args.vf_coef * value_loss
             if trace is not None:
                 loss = trace_loss(trace, advantages, params)
-            grad, grad_norm = flat_gradient(loss, params, args.max_grad_norm)
-            return grad, torch.stack([x.detach() for x in (policy_loss, value_loss, entropy, grad_norm)])
+            return flat_gradient(loss, [policy_loss, value_loss, entropy], params, args.max_grad_norm)
 
         def critic_gradient(obs: Tensor, targets: Tensor) -> Tensor:
             """The clipped gradient of the critic's loss."""
-            return flat_gradient(critic_loss(agent, obs, targets), critic_params, args.max_grad_norm)[0]
+            return flat_gradient(critic_loss(agent, obs, targets), [], critic_params, args.max_grad_norm)[0]
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -341,7 +338,7 @@ def train(args: Args) -> dict[str, float]:
                 critic_trace = eligibility_trace(critic_trace, decay, agent.value(obs).sum(), critic_params)
                 flat.grad, metrics = gradient(obs, actions, advantages, targets, actor_trace)
                 loss = trace_loss(critic_trace, advantages, critic_params)
-                critic_flat.grad, _ = flat_gradient(loss, critic_params, args.max_grad_norm)
+                critic_flat.grad, _ = flat_gradient(loss, [], critic_params, args.max_grad_norm)
                 critic_optimizer.step()
             else:
                 flat.grad, metrics = gradient(obs, actions, advantages, targets)
@@ -396,8 +393,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -517,8 +514,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -582,9 +580,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

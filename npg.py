@@ -19,12 +19,12 @@ The plain gradient is steepest if a step dθ costs |dθ|². Here it costs KL(π_
 policy does not depend on how the old one is parametrised. F is the Hessian of that KL: F v takes two
 derivatives, no matrix; conjugate gradient solves F x = g with such products. If g is 0, a curvature is not
 positive or the step is not finite, θ stays as it is, and losses/accepted_fraction is 0.
-The slides err: they print √(2ε / gᵀF g) without the inverse, two of them drop the ½, and they write
+The lecture's slides err: they print √(2ε / gᵀF g) without the inverse, two of them drop the ½, and they write
 KL(π‖π_old), which has the same Hessian at π_old but other values.
 
 Beyond the paper: a discount instead of the average reward; damping is added to F; √ε falls linearly to 0, as
-no batch tells noise from a gradient; advantages are normalised, and rewards by default (Adam is long on the
-way to V near 100), observations can be; Adam fits the critic, after the policy's step: a critic that has
+no batch tells noise from a gradient; advantages are normalised, and rewards by default (Adam takes long to
+reach V near 100), observations can be; Adam fits the critic, after the policy's step: a critic that has
 seen the rewards makes advantages too small.
 
 Compare with a2c.py, which takes a plain gradient step, and trpo.py, which checks this step and shortens it.
@@ -54,8 +54,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -97,8 +95,9 @@ class Args:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.num_steps * self.num_envs % self.num_minibatches:
-            raise ValueError("--num-minibatches must divide num_steps x num_envs")
+        rows = self.num_steps * self.num_envs
+        if rows % self.num_minibatches or rows == 1:
+            raise ValueError("--num-minibatches must divide num_steps x num_envs, of which 1 is too few")
 
 
 class Agent(nn.Module):
@@ -110,7 +109,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     """mean (V(s) − G)² over rows (B,)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
-    return mse_loss(values, returns)
+    return nn.functional.mse_loss(values, returns)
 
 
 METRICS = (
@@ -320,12 +319,11 @@ def train(args: Args) -> dict[str, float]:
             old_loss, _ = surrogate()
             policy_grad = -flat_grad(old_loss, params)
             product = fisher_vector_product(agent, obs, params)
-            solver = args.cg_iterations, args.damping
-            step_direction, curvature = natural_gradient(product, policy_grad, *solver)
+            direction, curvature = natural_gradient(product, policy_grad, args.cg_iterations, args.damping)
             step_size = kl_step_size(curvature, max_kl)
             if args.step_rule == "fixed":
                 step_size = torch.full_like(curvature, left * args.step_size)
-            step = step_size * step_direction
+            step = step_size * direction
             accepted = (curvature > 0) & step.isfinite().all()
             step_size = step_size.where(accepted, 0.0)
             with torch.no_grad():
@@ -393,8 +391,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -514,8 +512,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -579,9 +578,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -57,8 +57,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, softplus
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -186,7 +184,7 @@ class Agent(nn.Module):
 
 def log_slope(u: Tensor) -> Tensor:
     """log Π_d tanh'(u_d) = Σ_d 2 (log 2 − u_d − log(1 + e^(−2 u_d))): log π(a|s) is log N(u) minus this."""
-    return 2 * (math.log(2) - u - softplus(-2 * u)).sum(-1)
+    return 2 * (math.log(2) - u - nn.functional.softplus(-2 * u)).sum(-1)
 
 
 def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
@@ -239,7 +237,7 @@ def q_loss(
         targets = q_targets(rewards, terminated, next_values, gamma)
     q_values = agent.q_values(obs, actions, agent.critic)
     assert q_values.shape == targets.shape
-    loss = mse_loss(q_values, targets)
+    loss = nn.functional.mse_loss(q_values, targets)
     return loss, [loss, q_values.mean()]
 
 
@@ -270,11 +268,11 @@ def policy_loss(
     return loss - ent_coef * entropy, [loss, entropy]
 
 
-def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-    norm = grad.norm()
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
 class ReplayBuffer:
@@ -336,15 +334,12 @@ def train(args: Args) -> dict[str, float]:
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             """The clipped gradient of the critic's loss as one vector, and the metrics as another."""
-            loss, metrics = q_loss(agent, *batch, args.gamma)
-            grad, grad_norm = flat_gradient(loss, critic_params, args.max_grad_norm)
-            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
+            return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
 
         def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             """The clipped gradient of the actor's loss as one vector, and the metrics as another."""
             loss, metrics = policy_loss(agent, *batch, args.actor_update, args.ent_coef)
-            grad, grad_norm = flat_gradient(loss, params, args.max_grad_norm)
-            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
+            return flat_gradient(loss, metrics, params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -431,8 +426,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -552,8 +547,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -617,9 +613,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -45,8 +45,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -102,7 +100,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -159,11 +157,11 @@ def gae(
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
-def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-    norm = grad.norm()
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
 def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) -> tuple[Tensor, ...]:
@@ -192,7 +190,7 @@ def ppo_loss(
     policy_loss, approx_kl, clipfrac = clipped_surrogate(logprobs - old_logprobs, advantages, args.clip_coef)
     values, entropy = agent.value(obs), entropy.mean()
     assert values.shape == returns.shape
-    value_loss = mse_loss(values, returns)
+    value_loss = nn.functional.mse_loss(values, returns)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, [policy_loss, value_loss, entropy, approx_kl, clipfrac]
 
@@ -217,9 +215,7 @@ def train(args: Args) -> dict[str, float]:
 
         def gradient(*minibatch: Tensor) -> tuple[Tensor, Tensor]:
             """The clipped gradient as one vector, and the metrics as another."""
-            loss, metrics = ppo_loss(agent, *minibatch, args)
-            grad, grad_norm = flat_gradient(loss, params, args.max_grad_norm)
-            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
+            return flat_gradient(*ppo_loss(agent, *minibatch, args), params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -321,8 +317,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -442,8 +438,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -507,9 +504,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

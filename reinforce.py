@@ -51,8 +51,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -106,7 +104,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -233,23 +231,18 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     """mean (V(s) − G)² over rows (B,)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
-    return mse_loss(values, returns)
+    return nn.functional.mse_loss(values, returns)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-
-
-def flat_gradient(loss: Tensor, params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the loss as one vector, scaled down to max_norm if it is longer; its norm before."""
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-    norm = grad.norm()
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1), norm
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
-def clone(agent: Agent, envs, args: Args, device: torch.device) -> None:
-    """Behavioural cloning: maximises mean log π(a|s) over recorded (s, a), both in the environment's form."""
+def read_demonstrations(envs, args: Args, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Recorded (s, a), both in the environment's form in the file, as (B, obs_dim) and the policy's actions."""
     try:
         with open(args.demonstrations, "rb") as stream, np.load(stream) as file:
             obs, actions = file["obs"], file["actions"]
@@ -265,12 +258,16 @@ def clone(agent: Agent, envs, args: Args, device: torch.device) -> None:
         actions = actions - envs.space.start
     else:
         actions = ((actions - envs.shift) / envs.scale).reshape(len(obs), -1)
-    obs, actions = torch.from_numpy(obs).to(device), torch.from_numpy(actions).to(device)
+    return torch.from_numpy(obs).to(device), torch.from_numpy(actions).to(device)
+
+
+def clone(agent: Agent, obs: Tensor, actions: Tensor, args: Args) -> None:
+    """Behavioural cloning: maximises mean log π(a|s) over recorded (s, a)."""
     if args.normalize_obs:
         agent.obs_norm.update(obs)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     for _ in range(args.cloning_steps):
-        rows = torch.randint(len(obs), (256,)).to(device)
+        rows = torch.randint(len(obs), (256,)).to(obs.device)
         logprobs, _ = agent.policy(obs[rows], actions[rows])
         optimizer.zero_grad()
         pseudo_loss(logprobs[None], torch.ones_like(logprobs)[None]).backward()
@@ -291,17 +288,16 @@ def train(args: Args) -> dict[str, float]:
         flat, critic_flat = flatten(params), flatten(critic_params)
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         critic_optimizer = torch.optim.Adam([critic_flat], lr=args.critic_learning_rate, eps=1e-5, fused=True)
+        recorded = read_demonstrations(envs, args, device) if args.demonstrations else None
         run.start(args, envs, agent=agent, optimizer=optimizer, critic_optimizer=critic_optimizer)
-        if args.demonstrations and not run.path.exists():
-            clone(agent, envs, args, device)
+        if recorded and not run.path.exists():
+            clone(agent, *recorded, args)
+            say("cloned, without any reward")
             run.evaluate()
-            say(f"cloned, without any reward: return {run.metrics.get('eval/episodic_return', math.nan):.1f}")
 
         def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             """The gradient of the loss as one vector, and the metrics as another."""
-            loss, metrics = reinforce_loss(agent, *batch, args.importance)
-            grad, grad_norm = flat_gradient(loss, params, math.inf)
-            return grad, torch.stack([x.detach() for x in (*metrics, grad_norm)])
+            return flat_gradient(*reinforce_loss(agent, *batch, args.importance), params, math.inf)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -326,12 +322,9 @@ def train(args: Args) -> dict[str, float]:
                 running = running & ~dones
             if run.signal:
                 break
-            obs, actions, rewards, mask = (torch.from_numpy(np.array(x)) for x in zip(*steps, strict=True))
+            obs, actions, rewards, mask = (torch.from_numpy(np.array(x)).to(device) for x in zip(*steps, strict=True))
             returns = rewards_to_go(rewards, args.gamma)
-            taken = mask.flatten().nonzero().squeeze(1)  # the rows of steps that were taken
-            obs, actions, rewards, mask, returns, taken = (
-                x.to(device) for x in (obs, actions, rewards, mask, returns, taken)
-            )
+            taken_obs, taken_returns = obs[mask], returns[mask]  # rows (B, ...) of the steps that were taken
 
             # 3. the weight of each action
             weights, discount = episode_weights(rewards, args.gamma, args.weight, args.discount_from)
@@ -351,10 +344,10 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     values = agent.value(obs)
                 advantages = weights - discount * values
-                explained = explained_variance(values.flatten()[taken], returns.flatten()[taken])
-                more["losses/explained_variance"] = explained
+                left = (taken_returns - values[mask]).var(correction=0)
+                more["losses/explained_variance"] = 1 - left / (taken_returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
-                std, mean = torch.std_mean(advantages.flatten()[taken], correction=0)
+                std, mean = torch.std_mean(advantages[mask], correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
 
             # 5. steps of the policy, then of the critic
@@ -366,14 +359,14 @@ def train(args: Args) -> dict[str, float]:
                 optimizer.step()
                 metrics.append(batch_metrics)
             for _ in range(args.critic_epochs if args.baseline == "value" else 0):
-                loss = critic_loss(agent, obs.flatten(0, 1)[taken], returns.flatten()[taken])
-                critic_flat.grad, _ = flat_gradient(loss, critic_params, math.inf)
+                loss = critic_loss(agent, taken_obs, taken_returns)
+                critic_flat.grad, _ = flat_gradient(loss, [], critic_params, math.inf)
                 critic_optimizer.step()
                 more["losses/value_loss"] = loss.detach()
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(obs.flatten(0, 1)[taken])
+                agent.obs_norm.update(taken_obs)
             more |= dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True))
             run.end_iteration(more, learning_rate)
         return run.finish()
@@ -420,8 +413,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -541,8 +534,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -606,9 +600,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

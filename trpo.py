@@ -12,18 +12,18 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              line_search  g = ∇L at π_old, s = √(2ε / gᵀF⁻¹g) F⁻¹g as in npg.py;  θ ← θ + β^k s with the first
                           k = 0, 1, ... for which L has grown and KL ≤ ε; after max_trials, θ stays as it is
              dual         update_epochs Adam steps on −L + λ (KL − ε), then
-                          λ ← max(0, λ + dual_step_size (KL − ε)), at first 1
+                          λ ← max(0, λ + dual_step_size (KL − ε)), λ starts at 1
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
         7. update the observation statistics, log, evaluate, save
 
 J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old, exactly. L takes the states from π_old, and ρ
 corrects the actions: right to first order (if step t counts γ^t times), so L is good where the KL is small.
 
-The slides err: they print √(2ε / gᵀF g) without the inverse; two of them drop the ½ of KL ≈ ½ dθᵀF dθ; they
-write KL(π‖π_old), which has the same Hessian at π_old but other values; and their λ can become negative.
+The lecture's slides err: they print √(2ε / gᵀF g) without the inverse; two of them drop the ½ of KL ≈
+½ dθᵀF dθ; they write KL(π‖π_old), of the same Hessian at π_old but other values; their λ can become negative.
 
 Beyond the paper: damping is added to F; √ε falls linearly to 0, as no batch tells noise from a gradient
-(dual: Adam's rate); advantages are normalised, and rewards by default (Adam is long on the way to V near
+(dual: Adam's rate); advantages are normalised, and rewards by default (Adam takes long to reach V near
 100), observations can be; Adam fits the critic, after the policy's step: a critic that has seen the rewards
 makes advantages too small.
 
@@ -54,8 +54,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete, flatdim
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -101,8 +99,9 @@ class Args:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.num_steps * self.num_envs % self.num_minibatches:
-            raise ValueError("--num-minibatches must divide num_steps x num_envs")
+        rows = self.num_steps * self.num_envs
+        if rows % self.num_minibatches or rows == 1:
+            raise ValueError("--num-minibatches must divide num_steps x num_envs, of which 1 is too few")
         if self.backtrack_coef >= 1:
             raise ValueError(f"--backtrack-coef must be less than 1, not {self.backtrack_coef}")
 
@@ -116,7 +115,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # a buffer has no use
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -287,7 +286,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     """mean (V(s) − G)² over rows (B,)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
-    return mse_loss(values, returns)
+    return nn.functional.mse_loss(values, returns)
 
 
 METRICS = (
@@ -356,9 +355,9 @@ def train(args: Args) -> dict[str, float]:
             if args.constraint == "line_search":
                 product = fisher_vector_product(agent, obs, params)
                 solver = args.cg_iterations, args.damping
-                step_direction, curvature = natural_gradient(product, policy_grad, *solver)
+                direction, curvature = natural_gradient(product, policy_grad, *solver)
                 step_size = kl_step_size(curvature, max_kl)
-                step = step_size * step_direction
+                step = step_size * direction
                 accepted = line_search(surrogate, theta, step, max_kl, args.backtrack_coef, args.max_trials)
                 step_size = accepted * step_size if accepted else torch.zeros_like(step_size)
             else:
@@ -437,8 +436,8 @@ class RunningNorm(nn.Module):
 
 def flatten(params: list[nn.Parameter]) -> nn.Parameter:
     """One vector of which the parameters become views: an optimizer's step is then one kernel."""
-    flat = nn.Parameter(parameters_to_vector(params).detach())
-    vector_to_parameters(flat.data, params)
+    flat = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+    nn.utils.vector_to_parameters(flat.data, params)
     return flat
 
 
@@ -558,8 +557,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        if not math.isfinite(next_obs.sum() + sum(rewards)):
-            what = "a reward" if np.isfinite(next_obs).all() else "an observation"
+        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
+        if not math.isfinite(seen + rewards.sum(dtype=float)):
+            what = "a reward" if math.isfinite(seen) else "an observation"
             fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
@@ -623,9 +623,9 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["rng"] = torch.get_rng_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
+        state |= {"step": self.step, "iteration": self.iteration}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save(state, file)
             file.flush()

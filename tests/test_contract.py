@@ -78,13 +78,13 @@ class Toy(gym.Env):
 
     clock, made = 0, []  # of all together
 
-    def __init__(self, length=0, endless_from=99, reward=None, obs=None, action=None, flaw=None):
+    def __init__(self, length=0, endless_from=99, reward=None, obs=None, action=None, flaw=None, start=1):
         self.observation_space = obs or Box(-np.inf, np.inf, (3,))
         self.action_space = action or Box(np.float32([-1, 0]), np.float32([1, 4]))
         self.length = math.inf if len(Toy.made) >= endless_from else length
         self.array = np.zeros(3, np.float32)
         self.look = obs.sample if obs else self.same_array
-        self.reward, self.flaw, self.closed = reward, flaw, 0
+        self.reward, self.flaw, self.start, self.closed = reward, flaw, start, 0
         self.seeds, self.ended, self.record = [], [], []
         Toy.made.append(self)
 
@@ -98,7 +98,7 @@ class Toy(gym.Env):
         self.time, self.total, self.discounted = 0, 0.0, 0.0
         self.end = self.length or int(self.np_random.integers(10, 30))
         self.obs = self.look()
-        return self.obs, {}
+        return self.obs * (self.start if Toy.clock > 150 else 1), {}
 
     def step(self, action):
         inside = self.action_space.contains(np.asarray(action)) and np.abs(action).max() < 1e6
@@ -140,6 +140,7 @@ KINDS = {
     "Half3000-v0": {"reward": np.float16(1), "length": 3000},
     "Single300-v0": {"reward": np.float32(0.1), "length": 3000},
     "NaN-v0": {"flaw": lambda obs, *more: (obs * math.nan, *more)},
+    "Restart-v0": {"start": math.nan},
     "Inf-v0": {"flaw": lambda obs, reward, *more: (obs, -math.inf, *more)},
     "Loss-v0": {"flaw": lambda obs, reward, *more: (obs, 1e30, *more)},
     "Narrow-v0": {"flaw": lambda obs, *more: (obs[:1], *more)}, "Four-v0": {"flaw": lambda *all: all[:4]},
@@ -382,9 +383,9 @@ def test_bad_input_is_refused_in_one_sentence(name):
     assert contents() == before
 
 
-@pytest.mark.parametrize("flaw", ["NaN", "Inf", "Loss", "Narrow"])
+@pytest.mark.parametrize("flaw", ["NaN", "Restart", "Inf", "Loss", "Narrow"])
 def test_a_bad_observation_reward_or_loss_ends_the_run(name, flaw):
-    told = {"NaN": ["obs"], "Inf": ["reward"], "Loss": ["losses/"], "Narrow": ["Narrow-v0", "(1,)", "(3,)"]}
+    told = {"NaN": ["obs"], "Restart": [], "Inf": ["reward"], "Loss": ["losses/"], "Narrow": ["Narrow-v0", "(1,)"]}
     flags = {"checkpoint_every": 64, "total_timesteps": 2000, "normalize": False, "env_id": f"{flaw}-v0"}
     err = refused(name, *told[flaw], status=1, **flags)
     assert flaw == "Narrow" or 151 <= int(re.search(r"step ([\d,]+)", err)[1]) <= Toy.clock

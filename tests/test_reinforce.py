@@ -276,12 +276,13 @@ def test_demonstrations_are_cloned_once(kind, tmp_path, monkeypatch, capsys):
         else:
             np.savez(file, **data)
         with pytest.raises(SystemExit) as stopped:
-            real_train(tmp_path / "bad", **flags | {"resume": True})
+            real_train(tmp_path / "bad", **flags)
         error = capsys.readouterr().err
         assert (stopped.value.code, error.count("\n"), str(file) in error) == (2, 1, True)
+        assert not (tmp_path / "bad").exists()
     np.savez(file, **good)
     for resume in (False, True):
         real_train(tmp_path, cloning_steps=500, resume=resume, **flags)
         monkeypatch.setattr(reinforce, "clone", None)  # which would undo what a resumed run has learnt
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["agent"]["obs_norm.count"].unique() == 600 + 8
-    assert float(capsys.readouterr().out.split("without any reward: return ")[1].split()[0]) > -0.06
+    assert float(capsys.readouterr().out.split("without any reward\nevaluated return ")[1].split()[0]) > -0.06
