@@ -27,7 +27,8 @@ Compare with actor_critic.py, which fits the critic first, and ppo.py, which tak
 
     python a2c.py
     python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --optimizer adam --num-steps 64 \
-        --gae-lambda 0.95 --normalize-advantages --log-std-init -1 --normalize-obs
+        --learning-rate 2e-3 --gae-lambda 0.95 --log-std-init -1 --normalize-obs --normalize-advantages \
+        --compile
     python a2c.py --asynchronous --num-workers 2 --num-envs 4
     torchrun --nproc-per-node 2 a2c.py
 """

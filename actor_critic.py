@@ -31,7 +31,7 @@ Compare with reinforce.py, which waits for whole episodes, and a2c.py: short rol
 
     python actor_critic.py
     python actor_critic.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-steps 64 \
-        --learning-rate 1e-3 --log-std-init -1 --normalize-obs --normalize-advantages
+        --learning-rate 2e-3 --log-std-init -1 --normalize-obs --normalize-advantages --compile
     python actor_critic.py --num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 \
         --critic-learning-rate 1e-3 --no-normalize-rewards
 """

@@ -29,8 +29,8 @@ recorded behaviour by maximum likelihood: the loss of step 5 with all weights 1.
 Compare with actor_critic.py, which puts a critic's estimate for the return and needs no whole episodes.
 
     python reinforce.py
-    python reinforce.py --env-id InvertedPendulum-v5 --total-timesteps 1000000 --baseline time \
-        --normalize-obs --log-std-init -0.5
+    python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-rate 5e-3 \
+        --log-std-init -1 --normalize-obs --normalize-advantages
 """
 
 import math
