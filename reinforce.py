@@ -242,7 +242,7 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
 
 
 def read_demonstrations(envs, args: Args, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Recorded (s, a), both in the environment's form in the file, as (B, obs_dim) and the policy's actions."""
+    """Recorded (s, a), in the file in the environment's form: as (B, obs_dim) and the policy's actions."""
     try:
         with open(args.demonstrations, "rb") as stream, np.load(stream) as file:
             obs, actions = file["obs"], file["actions"]
@@ -322,7 +322,8 @@ def train(args: Args) -> dict[str, float]:
                 running = running & ~dones
             if run.signal:
                 break
-            obs, actions, rewards, mask = (torch.from_numpy(np.array(x)).to(device) for x in zip(*steps, strict=True))
+            columns = zip(*steps, strict=True)
+            obs, actions, rewards, mask = (torch.from_numpy(np.array(x)).to(device) for x in columns)
             returns = rewards_to_go(rewards, args.gamma)
             taken_obs, taken_returns = obs[mask], returns[mask]  # rows (B, ...) of the steps that were taken
 
