@@ -208,6 +208,8 @@ def train(args: Args) -> dict[str, float]:
     share = args.num_envs // processes  # of the environments
     device = set_up(replace(args, device="cpu") if args.asynchronous else args)
     with Run() as run:
+        if processes > 1:
+            run.callback(dist.destroy_process_group)  # an exit without it can crash
         if rank:  # only the first process is heard; this one writes to a folder that goes
             sys.stdout, folder = None, run.enter_context(tempfile.TemporaryDirectory())
             if args.resume and Path(args.run_dir, "checkpoint.pt").exists():
