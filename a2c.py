@@ -99,6 +99,8 @@ class Args:
         check_ranges(self)
         if self.asynchronous and (self.compile or self.device.startswith("cuda")):
             raise ValueError("--asynchronous runs on the CPU, and takes neither --compile nor --device cuda")
+        if self.normalize_advantages and self.num_steps * self.num_envs == 1:
+            raise ValueError("--normalize-advantages makes a single advantage 0: it needs more steps")
 
 
 class Agent(nn.Module):
@@ -241,8 +243,8 @@ def train(args: Args) -> dict[str, float]:
         stop = 0
         while run.step < args.total_timesteps and not stop:
             # 1. anneal the learning rate
-            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
-            optimizer.param_groups[0]["lr"] = learning_rate
+            left = 1 - args.anneal_lr * run.step / args.total_timesteps
+            optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * left
 
             # 2. run the policy
             act, steps = agent.in_numpy(), []
@@ -279,7 +281,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(gather(obs))
+                agent.obs_norm.update(gather(obs), left)
             metrics = [*metrics.clone(), grad_norm]
             run.end_iteration(dict(zip(METRICS, metrics, strict=True)), learning_rate, args.log_interval)
             stop = int(gather(torch.full((1, 1), run.signal)).max()) if dist.is_initialized() else run.signal
@@ -332,7 +334,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 theta.grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 optimizer.step()
                 if args.normalize_obs:
-                    shared.obs_norm.update(obs)
+                    shared.obs_norm.update(obs, left)
                 steps_taken += args.num_steps * args.num_envs
             metrics = [x.item() for x in (*metrics, grad_norm)]
             reports.put((envs.ended, metrics, args.learning_rate * left))
@@ -397,12 +399,15 @@ class RunningNorm(nn.Module):
         self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+    def update(self, x: Tensor, pace: float = 1.0) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
+
+        Those of observations slow down with the learning rate: the policy could not follow them any more.
+        """
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)
-        weight = len(x) / self.count
+        weight = pace * len(x) / self.count
         self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
         self.mean64.lerp_(mean, weight)
         self.mean.copy_(self.mean64)

@@ -23,14 +23,17 @@ Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which e
 (Nota and Thomas 2019). A time limit is the horizon of J: nothing is bootstrapped. Each environment runs
 exactly one episode, and early ones wait: the first N to end would too often be short ones.
 
-Beyond the papers: Adam; observations and advantages can be normalised. --demonstrations FILE first clones
-recorded behaviour by maximum likelihood: the loss of step 5 with all weights 1.
+Beyond the papers: Adam; advantages are normalised by default, observations can be. --demonstrations FILE
+first clones recorded behaviour by maximum likelihood: the loss of step 5 with all weights 1.
+
+The baseline `time` knows how much time is left, V(s) does not: while all episodes fail alike (Acrobot-v1),
+its advantages are 0, those of `value` noise.
 
 Compare with actor_critic.py, which puts a critic's estimate for the return and needs no whole episodes.
 
     python reinforce.py
-    python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-rate 5e-3 \
-        --log-std-init -1 --normalize-obs --normalize-advantages
+    python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --baseline value \
+        --learning-rate 5e-3 --log-std-init -1 --normalize-obs
 """
 
 import math
@@ -74,7 +77,7 @@ class Args:
 
     weight: Literal["trajectory", "reward_to_go"] = "reward_to_go"  # of an action: all rewards, or later ones
     discount_from: Literal["now", "start"] = "now"  # γ^(t'-t) from the action, or γ^t' as in J
-    baseline: Literal["none", "average", "optimal", "time", "value"] = "value"  # subtracted from the weights
+    baseline: Literal["none", "average", "optimal", "time", "value"] = "time"  # subtracted from the weights
     update_epochs: int = 1  # steps on each batch
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # from the second step on
     learning_rate: float = 2e-3  # Adam's step size for the policy
@@ -82,7 +85,7 @@ class Args:
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of V on each batch
-    normalize_advantages: bool = False  # to mean 0 and deviation 1 in each batch
+    normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch
     normalize_obs: bool = False  # by the running mean and deviation
     hidden_size: int = 64  # width of the two hidden layers
     log_std_init: float = 0.0  # log σ of a Gaussian policy at the start; the bounds of actions are ±1
@@ -92,7 +95,7 @@ class Args:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.num_envs == 1 and self.baseline in ("average", "optimal", "time"):
-            raise ValueError(f"--baseline {self.baseline} is a mean over other episodes; it needs --num-envs")
+            raise ValueError(f"--baseline {self.baseline} is a mean over other episodes; --num-envs is 1")
 
 
 class Agent(nn.Module):
@@ -165,19 +168,22 @@ def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: s
 
 
 def leave_one_out(x: Tensor) -> Tensor:
-    """Σ_{j≠i} x_j over the last axis, the episodes, for each i, which its own baseline would bias."""
-    return x @ (1 - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+    """Σ_{j≠i} x_j over the last axis, the episodes, for each i, which its own baseline would bias.
+
+    In float64: where all are equal, the advantages are exactly 0, and no rounding is left to be normalised.
+    """
+    return x.double() @ (1 - torch.eye(x.shape[-1], dtype=torch.double, device=x.device))
 
 
 def average_baseline(weights: Tensor, mask: Tensor) -> Tensor:
     """b_i: the mean over the other episodes of their mean weight; (N,) from (T, N)."""
     means = (weights * mask).sum(0) / mask.sum(0)
-    return leave_one_out(means) / (len(means) - 1)
+    return (leave_one_out(means) / (len(means) - 1)).to(means.dtype)
 
 
 def time_baseline(weights: Tensor, mask: Tensor) -> Tensor:
     """b_ti: the mean weight at t over the other episodes that still run then, 0 if none does; (T, N)."""
-    return leave_one_out(weights * mask) / leave_one_out(mask.to(weights.dtype)).clamp(min=1)
+    return (leave_one_out(weights * mask) / leave_one_out(mask).clamp(min=1)).to(weights.dtype)
 
 
 def optimal_baseline(scores: Tensor, grads: Tensor) -> Tensor:
@@ -186,7 +192,8 @@ def optimal_baseline(scores: Tensor, grads: Tensor) -> Tensor:
     scores g_j = Σ_t ∇ log π(a_t|s_t) and grads h_j = Σ_t ∇ log π(a_t|s_t) Ψ_t are (N, parameters); b is (N,).
     Where Ψ is the return R of the trajectory, h = R g and b estimates E[‖g‖² R] / E[‖g‖²].
     """
-    return leave_one_out((scores * grads).sum(1)) / leave_one_out((scores * scores).sum(1)).clamp(min=1e-30)
+    norms = leave_one_out((scores * scores).sum(1)).clamp(min=1e-30)
+    return (leave_one_out((scores * grads).sum(1)) / norms).to(scores.dtype)
 
 
 def episode_gradients(logprobs: Tensor, weights: Tensor, params: list[Tensor]) -> Tensor:
@@ -305,8 +312,8 @@ def train(args: Args) -> dict[str, float]:
 
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rate
-            learning_rate = args.learning_rate * (1 - args.anneal_lr * run.step / args.total_timesteps)
-            optimizer.param_groups[0]["lr"] = learning_rate
+            left = 1 - args.anneal_lr * run.step / args.total_timesteps
+            optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * left
 
             # 2. run one whole episode in each environment
             act, steps, running = agent.in_numpy(), [], np.ones(args.num_envs, bool)
@@ -345,8 +352,8 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     values = agent.value(obs)
                 advantages = weights - discount * values
-                left = (taken_returns - values[mask]).var(correction=0)
-                more["losses/explained_variance"] = 1 - left / (taken_returns.var(correction=0) + 1e-8)
+                rest = (taken_returns - values[mask]).var(correction=0)
+                more["losses/explained_variance"] = 1 - rest / (taken_returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(advantages[mask], correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -367,7 +374,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(taken_obs)
+                agent.obs_norm.update(taken_obs, left)
             more |= dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True))
             run.end_iteration(more, learning_rate)
         return run.finish()
@@ -397,12 +404,15 @@ class RunningNorm(nn.Module):
         self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+    def update(self, x: Tensor, pace: float = 1.0) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
+
+        Those of observations slow down with the learning rate: the policy could not follow them any more.
+        """
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)
-        weight = len(x) / self.count
+        weight = pace * len(x) / self.count
         self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
         self.mean64.lerp_(mean, weight)
         self.mean.copy_(self.mean64)

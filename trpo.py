@@ -386,7 +386,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 7. update the statistics, log, evaluate, save
             if args.normalize_obs:
-                agent.obs_norm.update(obs)
+                agent.obs_norm.update(obs, left)
             metrics += [torch.stack(losses).mean(), explained]
             metrics = {tag: x.detach() for tag, x in zip(METRICS, metrics, strict=True)}
             if args.constraint == "dual":
@@ -419,12 +419,15 @@ class RunningNorm(nn.Module):
         self.count, self.mean64, self.var = (nn.Buffer(torch.zeros(shape).double()) for _ in range(3))
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
-    def update(self, x: Tensor) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1)."""
+    def update(self, x: Tensor, pace: float = 1.0) -> None:
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
+
+        Those of observations slow down with the learning rate: the policy could not follow them any more.
+        """
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)
-        weight = len(x) / self.count
+        weight = pace * len(x) / self.count
         self.var.lerp_(var + (1 - weight) * (mean - self.mean64) ** 2, weight)
         self.mean64.lerp_(mean, weight)
         self.mean.copy_(self.mean64)

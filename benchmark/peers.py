@@ -1,4 +1,4 @@
-"""Runs stable-baselines3 and sb3-contrib on the same environments, with the hyperparameters of their zoo.
+"""Runs stable-baselines3 and sb3-contrib on the same environments, with the hyperparameters of their zoo or their own.
 
     python -m benchmark.peers --algorithm ppo --env-id CartPole-v1 --run-dir runs/CartPole-v1/sb3-ppo/seed1
     python -m benchmark.run --scripts ppo sb3-ppo
@@ -42,6 +42,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps over all environments
     eval_every: int = 5000  # environment steps between evaluations
     eval_episodes: int = 20  # episodes of one evaluation
+    defaults: bool = False  # the library's own hyperparameters in place of the zoo's, and both normalisations
 
 
 def make(
@@ -118,7 +119,8 @@ def train(args: Args) -> None:
     """Runs the peer, and logs as a script does."""
     torch.set_num_threads(1)
     try:
-        model = make(args.algorithm, args.env_id, args.seed, **ZOO[args.algorithm].get(args.env_id, {}))
+        zoo = ZOO[args.algorithm].get(args.env_id, {})
+        model = make(args.algorithm, args.env_id, args.seed, **({"normalize": True} if args.defaults else zoo))
     except (gym.error.Error, AssertionError) as error:
         print(f"peers: --env-id {args.env_id}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -28,7 +28,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from scipy import stats
 
 from benchmark import ROOT, suite
-from benchmark.published import SOURCES, figure_to_beat
+from benchmark.published import RANDOM, REFERENCE, SOURCES, figure_to_beat
 
 # In the order of tables and legends: each script, then its variants; the peers last
 FAMILIES = {base: [base] for base in suite.SCRIPTS}
@@ -189,7 +189,8 @@ def text(frame: pd.DataFrame, figures: list[str]) -> str:
 def look(name: str) -> dict[str, Any]:
     """A method has one colour and marker; its variants have other lines and shades, and so has its peer."""
     base = name.removeprefix("sb3-").partition("-")[0]
-    kind, index = FAMILIES[base].index(name) if name in FAMILIES[base] else 1, suite.SCRIPTS.index(base)
+    index = suite.SCRIPTS.index(base)
+    kind = FAMILIES[base].index(name) if name in FAMILIES[base] else 1 + name.endswith("defaults")
     return {
         "palette": tuple(np.array(mpl.colors.to_rgb(COLOURS[index])) * (1, 1, 0.4, 0.7)[kind]),
         "dashes": ("", (4, 1.5), (1, 1), (3, 1, 1, 1))[kind],
@@ -228,8 +229,22 @@ def draw(frame: pd.DataFrame, path: Path, labels: Sequence[str] = ("evaluated re
     grid.savefig(path, dpi=160)
 
 
+def draw_settings(file: Path) -> None:
+    """Normalised scores of each script with different settings, a panel for each budget and environment."""
+    frame = pd.DataFrame(json.loads(file.read_text())).explode("returns")
+    low, high = (frame.env.map(returns) for returns in (RANDOM, REFERENCE))
+    frame["normalised return"] = (frame.returns - low) / (high - low)
+    grid = sns.catplot(
+        frame, kind="bar", x="normalised return", y="script", hue="setting", order=suite.CONTINUOUS, row="steps",
+        col="env", errorbar=("pi", 100), palette=COLOURS[:3], height=2.4, aspect=1.1, err_kws={"linewidth": 0.8},
+    )  # fmt: skip
+    grid.set_titles("{col_name}, {row_name:,} steps", size=9).savefig(file.with_suffix(".png"), dpi=160)
+
+
 def draw_figures(frame: pd.DataFrame, folder: Path) -> None:
     """Draws what there are results for."""
+    if (folder / "settings.json").exists():
+        draw_settings(folder / "settings.json")
     frame = frame.assign(panel=frame.env)
     draw(frame[frame.script.isin(suite.SCRIPTS)], folder / "curves.png")
     peers = frame[frame.script.isin(suite.PEERS)]

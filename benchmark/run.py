@@ -55,7 +55,7 @@ class Args:
     scripts: tuple[str, ...] = suite.SCRIPTS  # names without .py, variants, and peers such as sb3-ppo
     suite: Literal["classic", "mujoco"] = "classic"  # a set of environments
     envs: tuple[str, ...] = ()  # Gymnasium environments in its place
-    peers: bool = False  # add all peers
+    peers: bool = False  # add stable-baselines3 with the flags of its zoo
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
     steps: int = 0  # environment steps of each run in place of the suite's, for a trial; needs --results
     jobs: int = os.cpu_count() or 1  # processes side by side, one thread each
@@ -76,7 +76,7 @@ class Args:
 
     def list_jobs(self) -> list["Job"]:
         """Every (script, environment) gets its first seed before any its second."""
-        scripts = dict.fromkeys((*self.scripts, *(suite.PEERS if self.peers else ())))
+        scripts = dict.fromkeys((*self.scripts, *(suite.ZOO if self.peers else ())))
         envs = self.envs or suite.SUITES[self.suite]
         triples = [(script, env, seed) for seed in self.seeds for env in envs for script in scripts]
         return [Job(self, *triple) for triple in triples if suite.applies(*triple[:2])]

@@ -144,8 +144,13 @@ def watch(module, agent, loss, args, envs=None):
 def as_seen(args, agent, iterations, k):
     """The steps of iteration k as the formulas see them, normalised by the past; actions are the policy's."""
     now, past = iterations[k].steps, [each.steps for each in iterations[: k + 1]]
-    rows = [x.obs[x.running] for x in past[:k] if args.normalize_obs]
-    var, mean = torch.var_mean(torch.cat(rows), 0, correction=0) if rows else torch.zeros(2, 1)
+    mean, var, weights, rows = 0.0, torch.zeros(1), torch.ones(0).double(), []
+    for x in past[:k] if args.normalize_obs else ():  # a batch weighs less, the smaller the step size was
+        left, new = 1 - args.anneal_lr * len(weights) / args.total_timesteps, x.obs[x.running]
+        weight = torch.full((len(new),), left / (len(weights) + len(new))).double()
+        weights, rows = torch.cat([weights * (1 - weight.sum()), weight]), [*rows, new]
+        mean = weights @ torch.cat(rows)
+        var = weights @ (torch.cat(rows) - mean) ** 2
     std = torch.where(var > 0, var + 1e-8, 1.0).sqrt()
     obs, next_obs = (((x - mean) / std).clip(-10, 10) for x in (now.obs, now.next_obs))
     pi, noise = distribution(agent, obs), iterations[k].noise

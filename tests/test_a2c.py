@@ -212,7 +212,7 @@ def test_a_worker_computes_at_its_copy_and_changes_what_is_shared_under_the_lock
             update(here.agent.obs_norm, torch.full((7, 2), 3.0))
 
     here.prepare, Recorder.hook = prepare, others
-    guard(a2c.RunningNorm, "update", lambda norm, _: norm is here.norm or norm is here.agent.obs_norm)
+    guard(a2c.RunningNorm, "update", lambda norm, *_: norm is here.norm or norm is here.agent.obs_norm)
     guard(a2c.Run, "save")
     flags = {"asynchronous": True, "num_workers": 1, "total_timesteps": 320, "checkpoint_every": 32}
     for disturbed in (False, True):
@@ -273,7 +273,7 @@ def assert_gone(record):
 def test_two_workers_lose_nothing(tmp_path, monkeypatch):
     """Counts and statistics are those of all that their environments did; each episode is logged once."""
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    train(tmp_path / "run", total_timesteps=800, log_interval=1, **TWO)
+    train(tmp_path / "run", total_timesteps=800, log_interval=1, anneal_lr=False, **TWO)
     state, found = saved(tmp_path / "run"), [x for x in records(tmp_path / "record") if x[0] != os.getpid()]
     steps, seeds = [x[3:] for x in found if x[2] == "step"], [x[3] for x in found if x[2] == "reset" and x[3]]
     assert len({pid for pid, _, what, *_ in found if what == "step"}) == 2
@@ -374,3 +374,8 @@ def test_torchrun_refuses_what_it_cannot_share(flags, tmp_path, monkeypatch, cap
         train(tmp_path / "run", **flags)
     assert "torchrun needs a --num-envs that 2 divides" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_single_advantage_cannot_be_normalised():
+    with pytest.raises(ValueError, match="--normalize-advantages"):
+        a2c.Args(num_steps=1, num_envs=1, normalize_advantages=True)

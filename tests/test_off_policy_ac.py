@@ -330,10 +330,10 @@ def second_road(script, args, agent, calls):
         if script is off_policy_ac:
             close(added[5], agent.logprobs(x, taken) * (args.actor_update == "importance"), 1e-5)
         first = step[3] | (N * (t + 1) // every > N * t // every)
-        agent.obs_norm.update(x)
+        left = 1 - args.anneal_lr * N * t / args.total_timesteps
+        agent.obs_norm.update(x, left)
         if args.normalize_rewards:
             return_norm.update(torch.from_numpy(step[4]))
-        left = 1 - args.anneal_lr * N * t / args.total_timesteps
         rates = left * args.q_learning_rate, left * args.learning_rate
         for k in range(0, len(updates), 3):
             columns, moments = updates[k][2], []

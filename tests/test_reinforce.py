@@ -51,7 +51,7 @@ def shipped(weight, discount_from, baseline, n):
     envs, agent = Given([MDPS[n].batch(group) for group in groups]), tabular_agent(OLD)
     agent.in_numpy = lambda: lambda *_: envs.rows[0].actions
     flags = {"weight": weight, "discount_from": discount_from, "baseline": baseline, "num_envs": n}
-    flags |= {"learning_rate": 0.0, "critic_learning_rate": 0.0, "critic_epochs": 1}
+    flags |= {"learning_rate": 0.0, "critic_learning_rate": 0.0, "critic_epochs": 1, "normalize_advantages": False}
     flags["total_timesteps"] = int(sum(row.mask.sum() for row in envs.rows))
     args = reinforce.Args(device="cpu", gamma=GAMMA, **flags)
     iterations = watch(reinforce, agent, "reinforce_loss", args, lambda *_: envs)
@@ -199,7 +199,12 @@ def by_hand(args, logprobs, rewards, lengths, values, params):
 
 CHANGES = [{"weight": weight, "discount_from": start, "baseline": name} for weight, start, name in CHOICES]
 CHANGES += [{"anneal_lr": False, "update_epochs": 3, "importance": importance} for importance in IMPORTANCES]
-CHANGES += [{"normalize_obs": True, "normalize_advantages": True, "critic_epochs": 5}]
+CHANGES += [{"normalize_obs": True, "normalize_advantages": False, "baseline": "value", "critic_epochs": 5}]
+
+
+def test_where_all_episodes_are_alike_no_rounding_is_normalised():
+    weights, _ = reinforce.episode_weights(-torch.ones(500, 8), 0.99, "reward_to_go", "now")
+    assert (weights == reinforce.time_baseline(weights, torch.ones(500, 8, dtype=torch.bool))).all()
 
 
 @SPACES
