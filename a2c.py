@@ -10,7 +10,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  G_t = A_t + V(s_t)
            With λ = 1, as in the paper, G_t is the discounted sum of the rewards in the rollout, then V.
         5. one step of RMSprop on −mean log π(a|s) A + vf_coef (V − G)² − ent_coef H
-        6. update the observation statistics, log, evaluate, save
+        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
 
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
 same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
@@ -400,10 +400,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -15,7 +15,7 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)
              monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): least bias, most variance
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
-        6. update the observation statistics, log, evaluate, save
+        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
 
 s'_t is the true successor of s_t. If it terminates the task, V(s'_t) is 0; a time limit does not. No sum goes
 on past the end of the episode or of the batch, where V(s') is its last term. n is the flag lookahead.
@@ -377,10 +377,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -13,7 +13,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              kl     α = √(2ε / gᵀF⁻¹g), ε = max_kl: the step costs ε to second order
              fixed  α = step_size, the paper's: where the gradient is small, so is the step
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
-        7. update the observation statistics, log, evaluate, save
+        7. update the observation statistics, ever less as the steps get smaller; log, evaluate, save
 
 The plain gradient is steepest if a step dθ costs |dθ|². Here it costs KL(π_old‖π) ≈ ½ dθᵀF dθ, so the new
 policy does not depend on how the old one is parametrised. F is the Hessian of that KL: F v takes two
@@ -375,10 +375,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

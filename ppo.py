@@ -11,7 +11,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
             4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11),  G_t = A_t + V(s_t)
             5. for each minibatch: an Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
-        6. update the observation statistics, log, evaluate, save
+        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
 
 s'_t is the true successor of s_t, also at the end of an episode. If it terminates the task, V(s'_t) is 0; a
 time limit does not. The sum in A_t stops where the episode or the batch ends.
@@ -301,10 +301,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -16,7 +16,7 @@ so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
         5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), a weighted likelihood,
            with importance weights after the first; for the baseline `value` also critic_epochs Adam steps on
            mean (V(s_t) − G_t)²
-        6. update the observation statistics, log, evaluate, save
+        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
 
 Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which everybody uses, weights it with
 γ^(t'−t) for the action at t: late actions count as much as early ones, but it is the gradient of no function
@@ -405,10 +405,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

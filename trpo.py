@@ -14,7 +14,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              dual         update_epochs Adam steps on −L + λ (KL − ε), then
                           λ ← max(0, λ + dual_step_size (KL − ε)), λ starts at 1
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
-        7. update the observation statistics, log, evaluate, save
+        7. update the observation statistics, ever less as the steps get smaller; log, evaluate, save
 
 J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old, exactly. L takes the states from π_old, and ρ
 corrects the actions: right to first order (if step t counts γ^t times), so L is good where the KL is small.
@@ -420,10 +420,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`.
-
-        Those of observations slow down with the learning rate: the policy could not follow them any more.
-        """
+        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -119,8 +119,8 @@ def train(args: Args) -> None:
     """Runs the peer, and logs as a script does."""
     torch.set_num_threads(1)
     try:
-        zoo = ZOO[args.algorithm].get(args.env_id, {})
-        model = make(args.algorithm, args.env_id, args.seed, **({"normalize": True} if args.defaults else zoo))
+        settings = {"normalize": True} if args.defaults else ZOO[args.algorithm].get(args.env_id, {})
+        model = make(args.algorithm, args.env_id, args.seed, **settings)
     except (gym.error.Error, AssertionError) as error:
         print(f"peers: --env-id {args.env_id}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

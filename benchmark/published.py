@@ -36,7 +36,7 @@ SOURCES = {
     "Spinning Up": "openai/spinningup, benchmark: read off its figures, MuJoCo -v3",
 }
 
-# Uniform actions, 100 episodes, and the best on-policy return that is published for 1M steps: 0 and 1 of a normalised score
+# 0 and 1 of a normalised return: uniform actions (100 episodes), and the best on-policy one published for 1M steps
 RANDOM = {"HalfCheetah-v5": -290, "Hopper-v5": 16, "Walker2d-v5": 0}
 REFERENCE = {"HalfCheetah-v5": 5819, "Hopper-v5": 3618, "Walker2d-v5": 4933}
 # The nearest that anyone has published: of SAC, which has the entropy term that ours has not, and of A2C

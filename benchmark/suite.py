@@ -1,10 +1,8 @@
 """What is run: environments, budgets and flags.
 
-Six scripts have two settings: their defaults for Discrete actions, and for actions in a Box the second command of their
-docstring, whatever the environment. They were compared on seeds from 11 on, which are not among those that are reported
-(1 to 5); but bad results on some of the latter were the reason to look further, for ppo in a Box (another setting, on
-seeds 1 to 3) and for the defaults of actor_critic (seeds 1 to 10). The flags of off_policy_ac and ddpg still depend on
-the environment; there, too, such results were a reason on Acrobot-v1, Pendulum-v1, Hopper-v5 and HalfCheetah-v5.
+Six scripts have two settings: their defaults for Discrete actions, and for a Box the second command of their docstring.
+They were compared on seeds from 11 on, which are not among those that are reported (1 to 5); README.md says where bad
+results on the latter were the reason to look further. Those of off_policy_ac and ddpg still depend on the environment.
 
 A name with a dash is a variant: the script before the dash, with flags of its own; or, if it begins with sb3-, a peer,
 which benchmark/peers.py runs.
@@ -21,17 +19,13 @@ PEERS = (*ZOO, "sb3-a2c-defaults", "sb3-trpo-defaults", "sb3-ppo-defaults")
 ACTOR_UPDATES = ("reparameterized", "importance", "resample")
 
 STEPS = {  # environment steps; 1M on MuJoCo
-    ("reinforce", "CartPole-v1"): 200_000,
-    ("actor_critic", "CartPole-v1"): 200_000,
-    ("actor_critic-online", "CartPole-v1"): 200_000,
-    ("a2c", "CartPole-v1"): 200_000,
+    **{(script, "CartPole-v1"): 200_000 for script in ("reinforce", "actor_critic", "actor_critic-online", "a2c")},
     ("ddpg", "Pendulum-v1"): 20_000,
     ("off_policy_ac", "Pendulum-v1"): 20_000,
-    **{(script, "CartPole-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo", "ppo")},
+    **{(script, "CartPole-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo", "trpo-dual", "ppo")},
     **{(script, "Acrobot-v1"): 100_000 for script in ("off_policy_ac", "npg", "trpo")},
     **{(script, "Pendulum-v1"): 1_000_000 for script in ("actor_critic", "a2c")},
     **{(script, "Pendulum-v1"): 200_000 for script in ("npg", "trpo", "ppo")},
-    ("trpo-dual", "CartPole-v1"): 100_000,
     **{(f"off_policy_ac-{kind}", "Pendulum-v1"): 20_000 for kind in ("reparameterized", "importance")},
     **{(f"off_policy_ac-{kind}", "HalfCheetah-v5"): 30_000 for kind in ACTOR_UPDATES},
     **{(script, env): 300_000 for script in ("off_policy_ac", "ddpg") for env in MUJOCO},

@@ -9,6 +9,8 @@ from statistics import mean, median
 
 import tyro
 
+from benchmark import suite
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
@@ -39,12 +41,18 @@ def assert_shown(runs: list[dict], average: str, seeds: str, seconds: str) -> No
 
 
 def test_returns_are_those_of_the_results():
-    """Each row: mean (each seed), median seconds; of peers, here and there. None is left out."""
+    """Each row: mean (each seed), median seconds; of peers, here and there. None is left out.
+
+    ¹: by the first edition of the scripts; ²: by other flags than the script's for a Box.
+    """
     found = set()
-    pattern = r"^\| `(\w+)\.py`(?: \((\w+)\))? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
-    for script, variant, env, steps, *shown in rows_of(pattern):
+    pattern = r"^\| `(\w+)\.py`(?: \((\w+)\))?( [¹²])? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
+    for script, variant, mark, env, steps, *shown in rows_of(pattern):
         name = f"{script}-{variant}" if variant else script
         runs = runs_of(env, name)
+        usual = (*suite.CONTINUOUS.values(), "")
+        exception = script in suite.CONTINUOUS and not variant and suite.flags(script, env) not in usual
+        assert mark == (" ¹" if "commit" in runs[0] else " ²" if exception else "")
         assert f"--total-timesteps {steps.replace(',', '')} " in runs[0]["command"]
         assert_shown(runs, *shown)
         found.add((env, name))
@@ -83,11 +91,14 @@ def test_speeds_are_those_of_the_results():
 
 
 def test_sentences_are_those_of_the_results():
-    minutes, seconds = divmod(load("statistics", "sweep-classic.json")["seconds"], 60)
+    ends, seeds = list(load("statistics", "trpo-Hopper-v5.json").values())[2:]
+    seeds = [end for each in seeds.values() for end in each]
+    rows = zip(("at full pace", "frozen", "slowing down [^|]*"), ends.values(), strict=True)
+    assert all(rows_of(rf"^\| {name} \| {found['evaluations'][-1]:.0f} \|$") for name, found in rows)
     asked = (("off_policy_ac", 105), ("off_policy_ac", 300), ("ddpg", 105), ("ddpg", 120), ("ddpg", 300))
     old = [mean(run["evaluations"][f"{k}000"] for run in runs_of("HalfCheetah-v5", name)) for name, k in asked]
     for sentence in (
-        f"which took {minutes:.0f} min {seconds:.0f} s",
+        "{:.0f}, {:.0f}, {:.0f} and {:.0f} at full pace, {:.0f}, {:.0f}, {:.0f} and {:.0f} now".format(*seeds),
         "`reparameterized` is at {:.0f} after 105,000 steps and at {:.0f} after 300,000, `ddpg.py` at {:.0f} "
         "(after 120,000 at {:.0f}) and {:.0f}.".format(*old),
     ):
