@@ -10,7 +10,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  G_t = A_t + V(s_t)
            With λ = 1, as in the paper, G_t is the discounted sum of the rewards in the rollout, then V.
         5. one step of RMSprop on −mean log π(a|s) A + vf_coef (V − G)² − ent_coef H
-        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
+        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
 same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
@@ -136,7 +136,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
 
         For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
@@ -392,7 +392,7 @@ def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequenti
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -15,7 +15,7 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)
              monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): least bias, most variance
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
-        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
+        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
 s'_t is the true successor of s_t. If it terminates the task, V(s'_t) is 0; a time limit does not. No sum goes
 on past the end of the episode or of the batch, where V(s') is its last term. n is the flag lookahead.
@@ -141,7 +141,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
 
         For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
@@ -369,7 +369,7 @@ def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequenti
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -377,7 +377,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -304,7 +304,7 @@ LONGEST = 100_000  # steps of an episode that has to end
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

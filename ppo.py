@@ -11,7 +11,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
             4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11),  G_t = A_t + V(s_t)
             5. for each minibatch: an Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
-        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
+        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
 s'_t is the true successor of s_t, also at the end of an episode. If it terminates the task, V(s'_t) is 0; a
 time limit does not. The sum in A_t stops where the episode or the batch ends.
@@ -124,7 +124,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
 
         For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
@@ -293,7 +293,7 @@ def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequenti
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

@@ -16,15 +16,15 @@ so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
         5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), a weighted likelihood,
            with importance weights after the first; for the baseline `value` also critic_epochs Adam steps on
            mean (V(s_t) − G_t)²
-        6. update the observation statistics, ever less as the rate falls; log, evaluate, save
+        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
 Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which everybody uses, weights it with
 γ^(t'−t) for the action at t: late actions count as much as early ones, but it is the gradient of no function
 (Nota and Thomas 2019). A time limit is the horizon of J: nothing is bootstrapped. Each environment runs
 exactly one episode, and early ones wait: the first N to end would too often be short ones.
 
-Beyond the papers: Adam; advantages are normalised by default, observations can be. --demonstrations FILE
-first clones recorded behaviour by maximum likelihood: the loss of step 5 with all weights 1.
+Beyond the papers: Adam; advantages are normalised by default (by the batch, which biases a little), and
+observations can be. --demonstrations FILE first clones recorded behaviour: step 5 with all weights 1.
 
 The baseline `time` knows how much time is left, V(s) does not: while all episodes fail alike (Acrobot-v1),
 its advantages are 0, those of `value` noise.
@@ -131,7 +131,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
 
         For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
@@ -168,9 +168,9 @@ def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: s
 
 
 def leave_one_out(x: Tensor) -> Tensor:
-    """Σ_{j≠i} x_j over the last axis, the episodes, for each i, which its own baseline would bias.
+    """Σ_{j≠i} x_j over the last axis, the episodes: its own rewards would bias a baseline of i.
 
-    In float64: where all are equal, the advantages are exactly 0, and no rounding is left to be normalised.
+    In float64: with the baseline `time`, equal episodes have advantages of exactly 0, no rounding error.
     """
     return x.double() @ (1 - torch.eye(x.shape[-1], dtype=torch.double, device=x.device))
 
@@ -397,7 +397,7 @@ def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequenti
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -405,7 +405,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)

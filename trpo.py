@@ -14,7 +14,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              dual         update_epochs Adam steps on −L + λ (KL − ε), then
                           λ ← max(0, λ + dual_step_size (KL − ε)), λ starts at 1
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
-        7. update the observation statistics, ever less as the steps get smaller; log, evaluate, save
+        7. update the observation statistics, less as steps shrink, or π cannot follow; log, evaluate, save
 
 J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old, exactly. L takes the states from π_old, and ρ
 corrects the actions: right to first order (if step t counts γ^t times), so L is good where the KL is small.
@@ -144,7 +144,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the policy as it is now: (N, obs_dim) to actions (N,) or (N, action_dim).
+        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
 
         For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
         """
@@ -412,7 +412,7 @@ def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequenti
 
 
 class RunningNorm(nn.Module):
-    """(x − mean) / √(var + 1e-8), clipped to ±10, with the moments of all rows so far; x − mean for var 0."""
+    """(x − mean) / √(var + 1e-8), clipped to ±10, with running moments of rows; x − mean for var 0."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ class RunningNorm(nn.Module):
         self.mean, self.scale = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
 
     def update(self, x: Tensor, pace: float = 1.0) -> None:
-        """Adds the rows of x (..., *shape) to the moments (Chan et al. 1979, eq. 2.1), which move by `pace`."""
+        """Merges rows x (..., *shape) into the moments (Chan et al. 1979, eq. 2.1), at the weight `pace`."""
         x = x.reshape(-1, *self.mean.shape).double()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.count += len(x)
