@@ -65,6 +65,17 @@ def test_returns_are_those_of_the_results():
     assert found == {(path.parts[-3], path.parts[-2]) for path in RESULTS.glob("*/*/seed*.json")}
 
 
+def test_what_the_settings_cost_is_that_of_the_results():
+    found = {(row["script"], row["env"], row["setting"]): row["returns"] for row in load("settings.json")}
+    envs = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+    for script in suite.CONTINUOUS:
+        ends = [[mean(found[script, env, each]) for each in ("tuned", "one setting")] for env in envs]
+        assert f"| `{script}.py` | {' | '.join(f'{a:.0f} → {b:.0f}' for a, b in ends)} |" in BENCHMARK
+        assert [found[script, env, "one setting"] for env in envs] == [
+            [round(run["final_return"], 1) for run in runs_of(env, script)] for env in envs
+        ]
+
+
 def test_verdicts_are_those_of_the_report():
     words = ("beaten", "equal", "below")
     verdicts = {(row[1], row[0]): row[6] for row in REPORT if len(row) == 7 and row[6] in words}
