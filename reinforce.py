@@ -94,7 +94,7 @@ class Args:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.num_envs == 1 and self.baseline in ("average", "optimal", "time"):
+        if self.num_envs == 1 and self.baseline in ("average", "optimal"):
             raise ValueError(f"--baseline {self.baseline} is a mean over other episodes; --num-envs is 1")
 
 

@@ -67,6 +67,7 @@ COMMON = set(
 )
 # A run of about two iterations of at most 128 steps; of these flags a script has some
 TINY = {
+    "baseline": "value",  # of reinforce, which then has a critic
     "env_id": "Toy-v0", "num_envs": 2, "total_timesteps": 256, "eval_episodes": 0, "device": "cpu",
     "num_steps": 64, "update_epochs": 2, "critic_epochs": 2, "num_minibatches": 2, "cloning_steps": 2,
     "log_interval": 100, "learning_starts": 16, "batch_size": 32,
@@ -561,7 +562,7 @@ def test_a_compiled_run_is_the_eager_one(name, monkeypatch):
 
 
 LEARNERS = [
-    ("reinforce", 12_000, 100, {}), ("actor_critic", 15_000, 60, {}), ("a2c", 20_000, 60, {}),
+    ("reinforce", 20_000, 100, {}), ("actor_critic", 15_000, 60, {}), ("a2c", 20_000, 60, {}),
     ("npg", 12_000, 150, {}), ("trpo", 12_000, 150, {}), ("trpo", 12_000, 150, {"constraint": "dual"}),
     ("ppo", 10_000, 100, {}),
 ]  # fmt: skip
