@@ -295,7 +295,8 @@ def train(args: Args) -> dict[str, float]:
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rate
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * left
+            learning_rate = args.learning_rate * left
+            optimizer.param_groups[0]["lr"] = learning_rate
 
             # 2. run the policy
             act, steps = agent.in_numpy(), []

@@ -137,7 +137,7 @@ RUNS = [
     (npg, {}), (npg, {"step_rule": "fixed", "ent_coef": 0.3}), (npg, {"anneal_lr": False, "damping": 1.0}),
     (npg, {"normalize_advantages": False, "normalize_obs": True, "normalize_rewards": True}),
     (trpo, {"normalize_obs": True, "normalize_rewards": True, "anneal_lr": False}),
-    (trpo, LONG), (trpo, DUAL | {"ent_coef": 0.1}),
+    (trpo, LONG), (trpo, DUAL | {"ent_coef": 0.1, "normalize_obs": True}),
 ]  # fmt: skip
 
 
