@@ -121,7 +121,7 @@ class Agent(nn.Module):
         return critic(torch.cat([self.obs_norm(obs), actions], -1)).squeeze(-1)
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update: μ + noise within ±1, (N, obs_dim) to (N, action_dim).
+        """Returns act(obs, noise), valid until an update: μ + noise, cut off at ±1, (N, action_dim).
 
         For a few rows NumPy is several times faster than PyTorch. Noise 0 is the greedy policy.
         """
