@@ -121,10 +121,7 @@ class Agent(nn.Module):
         return critic(torch.cat([self.obs_norm(obs), actions], -1)).squeeze(-1)
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update: μ + noise, cut off at ±1, (N, action_dim).
-
-        For a few rows NumPy is several times faster than PyTorch. Noise 0 is the greedy policy.
-        """
+        """Returns act(obs, noise), valid until an update: μ + noise, cut off at ±1, (N, action_dim)."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
         def act(obs, noise):
@@ -236,11 +233,9 @@ def train(args: Args) -> dict[str, float]:
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            """The clipped gradient of the critic's loss as one vector, and the metrics as another."""
             return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
 
         def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
-            """The clipped gradient of the actor's loss as one vector, and the metrics as another."""
             return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
 
         if args.compile:

@@ -124,14 +124,11 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim).
-
-        For a few rows NumPy takes 9 µs, PyTorch 43, and no step waits for a GPU. Noise 0: the greedy policy.
-        """
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
-        def act(obs, noise):
+        def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
             output = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
             return (output + noise).argmax(-1) if self.discrete else output + sigma * noise
@@ -213,13 +210,12 @@ def train(args: Args) -> dict[str, float]:
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         run.start(args, envs, agent=agent, return_norm=return_norm, optimizer=optimizer)
 
-        def gradient(*minibatch: Tensor) -> tuple[Tensor, Tensor]:
-            """The clipped gradient as one vector, and the metrics as another."""
-            return flat_gradient(*ppo_loss(agent, *minibatch, args), params, args.max_grad_norm)
+        def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
+            return flat_gradient(*ppo_loss(agent, *batch, args), params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
-            gradient = torch.compile(gradient, mode="reduce-overhead")  # on a GPU: CUDA graphs
+            gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
 
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rate
