@@ -148,10 +148,7 @@ class Agent(nn.Module):
         return act
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
-    gamma: float, gae_lambda: float,
-) -> Tensor:  # fmt: skip
+def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
@@ -166,9 +163,7 @@ def gae(
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
-def a2c_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, advantages: Tensor, returns: Tensor, args: Args
-) -> tuple[Tensor, list[Tensor]]:
+def a2c_loss(agent, obs, actions, advantages, returns, args: Args) -> tuple[Tensor, list]:
     """−mean log π(a|s) A + vf_coef mean (V − G)² − ent_coef H (Algorithm S3), and the first METRICS."""
     logprobs, entropy = agent.policy(obs, actions)
     values, entropy = agent.value(obs), entropy.mean()

@@ -153,10 +153,7 @@ class Agent(nn.Module):
         return act
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
-    gamma: float, gae_lambda: float,
-) -> Tensor:  # fmt: skip
+def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
@@ -171,10 +168,7 @@ def gae(
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
-def n_step(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
-    gamma: float, lookahead: int,
-) -> Tensor:  # fmt: skip
+def n_step(rewards, values, next_values, terminated, dones, gamma: float, lookahead: int) -> Tensor:
     """Advantages from n = lookahead rewards, then V (Sutton and Barto 2018, eq. 7.1), all (T, N).
 
     A_t = Σ_{k<m} γ^k δ_{t+k} with δ as in `gae`, where m is n, or as many steps as there are up to the end of
@@ -211,9 +205,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     return nn.functional.mse_loss(values, returns)
 
 
-def actor_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, advantages: Tensor, ent_coef: float
-) -> tuple[Tensor, list[Tensor]]:
+def actor_loss(agent, obs, actions, advantages, ent_coef: float) -> tuple[Tensor, list]:
     """−mean log π(a|s) A − ent_coef H: minus its gradient estimates ∇J if ent_coef is 0; and what to log."""
     logprobs, entropy = agent.policy(obs, actions)
     assert logprobs.shape == advantages.shape

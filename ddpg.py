@@ -138,10 +138,7 @@ def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
     return rewards + gamma * (1 - terminated) * next_values
 
 
-def q_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
-    gamma: float,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def q_loss(agent, obs, actions, rewards, next_obs, terminated, gamma: float) -> tuple[Tensor, list]:
     """mean (Q(s, a) − y)² over a batch of transitions (DDPG's L), and what to log."""
     with torch.no_grad():
         next_actions = agent.action(next_obs, agent.target_actor)
@@ -153,7 +150,7 @@ def q_loss(
     return loss, [loss, q_values.mean()]
 
 
-def policy_loss(agent: Agent, obs: Tensor) -> tuple[Tensor, list[Tensor]]:
+def policy_loss(agent: Agent, obs: Tensor) -> tuple[Tensor, list]:
     """−mean Q(s, μ(s)): minus its gradient is mean ∇_θ μ(s) ∇_a Q(s, a) at a = μ(s) (DDPG eq. 6)."""
     loss = -agent.q_values(obs, agent.action(obs, agent.actor), agent.critic).mean()
     return loss, [loss]

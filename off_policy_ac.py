@@ -224,10 +224,7 @@ def expected_values(agent: Agent, critic: nn.Module, obs: Tensor, noise: Tensor)
     return agent.q_values(obs, mean + log_std.exp() * noise, critic).mean(0)
 
 
-def q_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor,
-    noise: Tensor, gamma: float,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def q_loss(agent, obs, actions, rewards, next_obs, terminated, noise, gamma: float) -> tuple[Tensor, list]:
     """mean (Q(s, a) − y)² over a batch of transitions, and what to log."""
     with torch.no_grad():
         next_values = expected_values(agent, agent.target_critic, next_obs, noise)
@@ -238,10 +235,7 @@ def q_loss(
     return loss, [loss, q_values.mean()]
 
 
-def policy_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, behaviour_logprobs: Tensor, noise: Tensor,
-    actor_update: str, ent_coef: float,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def policy_loss(agent, obs, actions, behaviour_logprobs, noise, actor_update, ent_coef) -> tuple:
     """The loss of the chosen kind − ent_coef H, and what to log."""
     if agent.discrete:
         (logprobs,) = agent.distribution(obs)

@@ -136,10 +136,7 @@ class Agent(nn.Module):
         return act
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
-    gamma: float, gae_lambda: float,
-) -> Tensor:  # fmt: skip
+def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
@@ -175,10 +172,7 @@ def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) ->
         return policy_loss, (ratio - 1 - logratio).mean(), ((ratio - 1).abs() > clip_coef).float().mean()
 
 
-def ppo_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, returns: Tensor,
-    args: Args,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def ppo_loss(agent, obs, actions, old_logprobs, advantages, returns, args: Args) -> tuple[Tensor, list]:
     """−L_clip + vf_coef mean (V − G)² − ent_coef H (PPO eq. 9, negated: it is minimised), and what to log."""
     if args.normalize_advantages:
         std, mean = torch.std_mean(advantages, correction=0)

@@ -219,10 +219,7 @@ def pseudo_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
     return -(weights.detach() * logprobs).sum(0).mean()
 
 
-def reinforce_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-    importance: str,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def reinforce_loss(agent, obs, actions, old_logprobs, advantages, mask, importance) -> tuple[Tensor, list]:
     """The pseudo-loss of masked episodes under the policy as it is now, and the first METRICS."""
     logprobs, entropy = agent.policy(obs, actions)
     logratio = (logprobs - old_logprobs) * mask

@@ -156,10 +156,7 @@ class Agent(nn.Module):
         return act
 
 
-def gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, dones: Tensor,
-    gamma: float, gae_lambda: float,
-) -> Tensor:  # fmt: skip
+def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
@@ -192,7 +189,7 @@ def flat_grad(output: Tensor, params: list[Tensor], **kwargs: bool) -> Tensor:
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **kwargs)])
 
 
-def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Callable[[Tensor], Tensor]:
+def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Callable:
     """v ↦ F v with F = mean over s of E_a[∇ log π(a|s) ∇ log π(a|s)ᵀ], never written down (TRPO app. C.1).
 
     F is the Hessian of KL(π_old‖π) at π = π_old, and ∇ (∇KL · v) = F v; π_old is constant, KL(π‖π) is 0.
@@ -202,9 +199,7 @@ def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Ca
     return lambda v: flat_grad(kl_grad @ v, params, retain_graph=True)
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-6
-) -> Tensor:
+def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance: float = 1e-6) -> Tensor:
     """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952).
 
     Begins with x = 0. When the residual is down to tolerance |b|, x stays what it is: idle products, but the
@@ -223,9 +218,7 @@ def conjugate_gradient(
     return x
 
 
-def natural_gradient(
-    product: Callable[[Tensor], Tensor], policy_grad: Tensor, cg_iterations: int, damping: float
-) -> tuple[Tensor, Tensor]:
+def natural_gradient(product: Callable, policy_grad: Tensor, cg_iterations: int, damping: float) -> tuple:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x.
 
     The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx at any iteration.
@@ -240,9 +233,7 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 
 @torch.no_grad()
-def line_search(
-    loss: Callable, theta: Tensor, step: Tensor, max_kl: float, backtrack_coef: float, max_trials: int
-) -> float:
+def line_search(loss: Callable, theta, step, max_kl, backtrack_coef, max_trials) -> float:
     """θ ← θ + β^k step, with the first k = 0, 1, ... for which the loss fell, KL ≤ ε, all is finite (app. C).
 
     Returns β^k; or 0 if there is none, and θ is again what it was, bit for bit. loss() returns a scalar and
@@ -263,10 +254,7 @@ def dual_ascent(multiplier: Tensor, kl: Tensor, max_kl: float, step_size: float)
     return (multiplier + step_size * (kl - max_kl)).clamp(min=0)
 
 
-def surrogate_loss(
-    agent: Agent, obs: Tensor, actions: Tensor, old_logprobs: Tensor, advantages: Tensor,
-    old: tuple[Tensor, ...], ent_coef: float,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef) -> tuple[Tensor, list]:
     """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS.
 
     `old` is the distribution of π_old. At π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
