@@ -22,10 +22,9 @@ corrects the actions: right to first order (if step t counts γ^t times), so L i
 The lecture's slides err: they print √(2ε / gᵀF g) without the inverse; two of them drop the ½ of KL ≈
 ½ dθᵀF dθ; they write KL(π‖π_old), of the same Hessian at π_old but other values; their λ can become negative.
 
-Beyond the paper: damping is added to F; √ε falls linearly to 0, as no batch tells noise from a gradient
-(dual: Adam's rate); advantages are normalised, and rewards by default (Adam takes long to reach V near
-100), observations can be; Adam fits the critic, after the policy's step: a critic that has seen the rewards
-makes advantages too small.
+Beyond the paper: damping is added to F; √ε (dual: Adam's rate) falls linearly to 0, as no batch tells noise
+from a gradient; advantages and (by default) rewards are normalised, observations can be; Adam fits the critic
+after the policy's step: a critic that has seen the rewards makes advantages too small.
 
 Compare with npg.py, which takes the step unchecked, and ppo.py, which clips ρ instead of bounding the KL.
 
@@ -40,7 +39,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -88,8 +86,8 @@ class Args:
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
     critic_learning_rate: float = 2e-3  # Adam's step size for V
-    critic_epochs: int = 10  # passes over each batch in the regression of V
-    num_minibatches: int = 4  # in such a pass; must divide num_steps x num_envs
+    critic_epochs: int = 10  # passes of V over each batch
+    num_minibatches: int = 4  # in a pass; must divide num_steps x num_envs
     ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch
     normalize_obs: bool = False  # by the running mean and deviation
@@ -122,21 +120,21 @@ class Agent(nn.Module):
         """V(s): (..., obs_dim) to (...)."""
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
+    def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
+        if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
+            log_pi = output.log_softmax(-1)
+            return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+        # N(μ, diag σ²):  log π = −½ Σ_d ((a_d − μ_d)/σ_d)² − Σ_d log(σ_d √(2π)),  H = Σ_d log(σ_d √(2πe))
+        log_normalizer = self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std)
+        logprobs = -0.5 * ((actions - output) / self.log_std.exp()).square().sum(-1) - log_normalizer
+        return logprobs, (log_normalizer + 0.5 * len(self.log_std)).expand_as(logprobs)
+
     def distribution(self, obs: Tensor) -> tuple[Tensor, ...]:
         """What π(·|s) is made of: (log π(a|s) of all a,), or the mean μ(s), and log σ, the same for all s."""
         output = self.actor(self.obs_norm(obs))
         return (output.log_softmax(-1),) if self.discrete else (output, self.log_std.clone())
-
-    def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
-        if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
-            (log_pi,) = self.distribution(obs)
-            return log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
-        # N(μ, diag σ²):  log π = −½ Σ_d ((a_d − μ_d)/σ_d)² − Σ_d log(σ_d √(2π)),  H = Σ_d log(σ_d √(2πe))
-        mean, log_std = self.distribution(obs)
-        log_normalizer = log_std.sum() + 0.5 * math.log(2 * math.pi) * len(log_std)
-        logprobs = -0.5 * ((actions - mean) / log_std.exp()).square().sum(-1) - log_normalizer
-        return logprobs, (log_normalizer + 0.5 * len(log_std)).expand_as(logprobs)
 
     def noise(self, *shape: int) -> np.ndarray:
         """Gumbel noise n = −log E, E ~ Exp(1): argmax_a (z_a + n_a) samples π; or n ~ N(0, 1) for μ + σ n."""
@@ -189,7 +187,7 @@ def flat_grad(output: Tensor, params: list[Tensor], **kwargs: bool) -> Tensor:
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, params, **kwargs)])
 
 
-def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Callable:
+def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]):
     """v ↦ F v with F = mean over s of E_a[∇ log π(a|s) ∇ log π(a|s)ᵀ], never written down (TRPO app. C.1).
 
     F is the Hessian of KL(π_old‖π) at π = π_old, and ∇ (∇KL · v) = F v; π_old is constant, KL(π‖π) is 0.
@@ -199,7 +197,7 @@ def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]) -> Ca
     return lambda v: flat_grad(kl_grad @ v, params, retain_graph=True)
 
 
-def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance: float = 1e-6) -> Tensor:
+def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1e-6) -> Tensor:
     """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952).
 
     Begins with x = 0. When the residual is down to tolerance |b|, x stays what it is: idle products, but the
@@ -218,12 +216,12 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance:
     return x
 
 
-def natural_gradient(product: Callable, policy_grad: Tensor, cg_iterations: int, damping: float) -> tuple:
+def natural_gradient(product, policy_grad: Tensor, iterations: int, damping: float) -> tuple[Tensor, Tensor]:
     """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x.
 
     The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx at any iteration.
     """
-    x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, cg_iterations)
+    x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, iterations)
     return x, policy_grad @ x - damping * x @ x
 
 
@@ -233,7 +231,7 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 
 @torch.no_grad()
-def line_search(loss: Callable, theta, step, max_kl, backtrack_coef, max_trials) -> float:
+def line_search(loss, theta: Tensor, step: Tensor, max_kl, backtrack_coef, max_trials) -> float:
     """θ ← θ + β^k step, with the first k = 0, 1, ... for which the loss fell, KL ≤ ε, all is finite (app. C).
 
     Returns β^k; or 0 if there is none, and θ is again what it was, bit for bit. loss() returns a scalar and
@@ -259,11 +257,11 @@ def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef)
 
     `old` is the distribution of π_old. At π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
     """
+    kl = kl_divergence(old, agent.distribution(obs))
     logprobs, entropy = agent.policy(obs, actions)
     assert logprobs.shape == old_logprobs.shape == advantages.shape
     logratio, entropy = logprobs - old_logprobs, entropy.mean()
     policy_loss, approx_kl = -(logratio.exp() * advantages).mean(), (logratio.exp() - 1 - logratio).mean()
-    kl = kl_divergence(old, agent.distribution(obs))
     return policy_loss - ent_coef * entropy, [policy_loss, entropy, approx_kl, kl]
 
 
@@ -300,7 +298,7 @@ def train(args: Args) -> dict[str, float]:
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the step sizes
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
-            learning_rate = left * args.critic_learning_rate
+            learning_rate = args.critic_learning_rate * left
             critic_optimizer.param_groups[0]["lr"] = learning_rate
             optimizer.param_groups[0]["lr"] = left * args.learning_rate
             max_kl = left**2 * args.max_kl  # with which the step falls linearly; `dual` keeps args.max_kl
@@ -338,9 +336,8 @@ def train(args: Args) -> dict[str, float]:
             old_loss, _ = surrogate()
             policy_grad = -flat_grad(old_loss, params)
             if args.constraint == "line_search":
-                product = fisher_vector_product(agent, obs, params)
-                solver = args.cg_iterations, args.damping
-                direction, curvature = natural_gradient(product, policy_grad, *solver)
+                fisher = fisher_vector_product(agent, obs, params)
+                direction, curvature = natural_gradient(fisher, policy_grad, args.cg_iterations, args.damping)
                 step_size = kl_step_size(curvature, max_kl)
                 step = step_size * direction
                 accepted = line_search(surrogate, theta, step, max_kl, args.backtrack_coef, args.max_trials)
@@ -360,11 +357,10 @@ def train(args: Args) -> dict[str, float]:
             metrics += [policy_grad.norm(), old_loss - new_loss, accepted, step_size]
 
             # 6. fit the critic
-            losses = []
+            losses, batch = [], [x.flatten(0, 1) for x in (obs, returns)]
             for _ in range(args.critic_epochs):
-                shuffled = torch.randperm(args.num_steps * args.num_envs).to(device)
-                minibatches = (x.flatten(0, 1)[shuffled].chunk(args.num_minibatches) for x in (obs, returns))
-                for minibatch in zip(*minibatches, strict=True):
+                shuffled = torch.randperm(len(batch[0])).to(device)
+                for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch), strict=True):
                     losses.append(critic_loss(agent, *minibatch))
                     critic_flat.grad = flat_grad(losses[-1], critic_params)
                     critic_optimizer.step()
