@@ -14,14 +14,11 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
 
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
 same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
-each. A worker acts with a copy θ' of the shared θ, and applies its gradient to θ as soon as it has one;
-meanwhile others may have moved θ. Who comes first is up to the machine: runs with several workers are never
-the same, and a resumed one goes on correctly, but not bit for bit.
+each. A worker acts with a copy θ' of the shared θ, and applies its gradient to θ, which others may have moved
+meanwhile. Who comes first is up to the machine, so a resumed run goes on correctly, but not bit for bit.
 
 Beyond the paper: the losses are means, not sums; λ; rewards are normalised by default (V near 100 would take
-all of the clipped gradient's norm), observations and advantages can be; a time limit cuts an advantage, but
-does not end the task, so V(s') still counts; a worker of A3C holds a lock while it changes θ, so no step is
-half another's.
+all of the clipped norm), observations and advantages can be; a worker of A3C holds a lock while it changes θ.
 
 Compare with actor_critic.py, which fits the critic first, and ppo.py, which takes many steps on each batch.
 
@@ -81,7 +78,7 @@ class Args:
     num_steps: int = 8  # steps of each environment in a batch, T
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # the paper's is RMSprop
     learning_rate: float = 2e-3  # the optimizer's step size
-    anneal_lr: bool = True  # lower it linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 1.0  # λ of GAE: 0 is one step, 1 is Monte Carlo
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -164,19 +161,26 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
 
 
 def a2c_loss(agent, obs, actions, advantages, returns, args: Args) -> tuple[Tensor, list]:
-    """−mean log π(a|s) A + vf_coef mean (V − G)² − ent_coef H (Algorithm S3), and the first METRICS."""
+    """−mean log π(a|s) A + vf_coef mean (V − G)² − ent_coef H (Algorithm S3), and what to log."""
     logprobs, entropy = agent.policy(obs, actions)
     values, entropy = agent.value(obs), entropy.mean()
     assert logprobs.shape == advantages.shape == values.shape == returns.shape
-    policy_loss, value_loss = -(logprobs * advantages).mean(), nn.functional.mse_loss(values, returns)
+    policy_loss = -(logprobs * advantages).mean()
+    value_loss = nn.functional.mse_loss(values, returns)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-    return loss, [policy_loss, value_loss, entropy, explained]
+    return loss, [policy_loss, value_loss, entropy]
+
+
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
+    grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
 METRICS = (
-    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/explained_variance",
-    "losses/grad_norm",
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm",
+    "losses/explained_variance",
 )  # fmt: skip
 
 
@@ -200,6 +204,7 @@ def train(args: Args) -> dict[str, float]:
         if args.asynchronous or args.num_envs % processes:
             fail(f"torchrun needs a --num-envs that {processes} divides, and no --asynchronous")
     share = args.num_envs // processes  # of the environments
+    max_norm = args.max_grad_norm if processes == 1 else math.inf  # of a gradient before it is averaged
     device = set_up(replace(args, device="cpu") if args.asynchronous else args)
     with Run() as run:
         if processes > 1:
@@ -223,9 +228,7 @@ def train(args: Args) -> dict[str, float]:
             return train_asynchronously(args, run, envs, agent, return_norm, optimizer)
 
         def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            loss, metrics = a2c_loss(agent, *batch, args)
-            grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-            return grad, torch.stack([x.detach() for x in metrics])
+            return flat_gradient(*a2c_loss(agent, *batch, args), params, max_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -259,24 +262,24 @@ def train(args: Args) -> dict[str, float]:
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(gather(advantages), correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
 
             # 5. one step on the whole batch
-            grad, metrics = gradient(obs, actions, advantages, returns)
+            flat.grad, metrics = gradient(obs, actions, advantages, returns)
             if processes > 1:  # the mean of their gradients
-                dist.all_reduce(grad.div_(processes))
-            grad_norm = grad.norm()
-            flat.grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+                dist.all_reduce(flat.grad.div_(processes))
+                metrics[-1] = nn.utils.clip_grad_norm_([flat], args.max_grad_norm)
             optimizer.step()
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(gather(obs), left)
-            metrics = [*metrics.clone(), grad_norm]
-            run.end_iteration(dict(zip(METRICS, metrics, strict=True)), learning_rate, args.log_interval)
-            stop = int(gather(torch.full((1, 1), run.signal)).max()) if dist.is_initialized() else run.signal
+            metrics = dict(zip(METRICS, [*metrics.clone(), explained], strict=True))
+            run.end_iteration(metrics, learning_rate, args.log_interval)
+            stop = int(gather(torch.full((1, 1), run.signal)).max())  # which all processes have
         run.signal = stop or run.signal
         return run.metrics if rank else run.finish()
 
@@ -298,6 +301,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
         while steps_taken < args.total_timesteps:
             with lock:
                 left = max(0, 1 - args.anneal_lr * steps_taken.item() / args.total_timesteps)
+                learning_rate = args.learning_rate * left
                 agent.load_state_dict(shared.state_dict())  # θ' ← θ
             act, steps = agent.in_numpy(), []
             for noise in agent.noise(args.num_steps, args.num_envs):
@@ -315,21 +319,20 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(advantages, correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
             loss, metrics = a2c_loss(agent, obs, actions, advantages, returns, args)
-            grad = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(agent.parameters())))
-            grad_norm = grad.norm()
+            grad, metrics = flat_gradient(loss, metrics, list(agent.parameters()), args.max_grad_norm)
             with lock:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * left
-                theta.grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+                optimizer.param_groups[0]["lr"] = learning_rate
+                theta.grad = grad
                 optimizer.step()
                 if args.normalize_obs:
                     shared.obs_norm.update(obs, left)
                 steps_taken += args.num_steps * args.num_envs
-            metrics = [x.item() for x in (*metrics, grad_norm)]
-            reports.put((envs.ended, metrics, args.learning_rate * left))
+            reports.put((envs.ended, [*metrics.tolist(), explained.item()], learning_rate))
             envs.ended = []
 
 
