@@ -17,8 +17,7 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
         6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
-s'_t is the true successor of s_t. If it terminates the task, V(s'_t) is 0; a time limit does not. No sum goes
-on past the end of the episode or of the batch, where V(s') is its last term. n is the flag lookahead.
+No sum goes on past the end of the episode or of the batch, where V(s') is its last term. n is lookahead.
 
 Online: with T = N = 1 each step is learnt from as it comes. Traces hand its δ on to the steps before (Sutton
 and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e; so for the critic with ∇V(s), λ = trace_decay.
@@ -78,7 +77,7 @@ class Args:
     log_interval: int = 128  # environment steps between two points of a curve
     num_steps: int = 32  # steps of each environment in a batch, T
     learning_rate: float = 5e-3  # Adam's step size for the policy
-    anneal_lr: bool = True  # lower it linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 10  # steps of V on each batch
@@ -189,13 +188,12 @@ def advantage_estimates(*arrays: Tensor, args: Args) -> Tensor:
     return gae(*arrays, args.gamma, {"td": 0.0, "gae": args.gae_lambda, "monte_carlo": 1.0}[args.advantage])
 
 
-def critic_targets(rewards: Tensor, values: Tensor, *arrays: Tensor, args: Args) -> Tensor:
-    """y_t (T, N): r_t + γ V(s'_t), or the discounted rewards up to the end of the episode; V(s_t) cancels.
-
-    V(s') is the last term of the latter at a time limit and at the end of the batch.
-    """
-    gae_lambda = 1.0 if args.critic_target == "monte_carlo" else 0.0
-    return values + gae(rewards, values, *arrays, args.gamma, gae_lambda)
+def actor_loss(agent, obs, actions, advantages, ent_coef: float) -> tuple[Tensor, list]:
+    """−mean log π(a|s) A − ent_coef H: minus its gradient estimates ∇J if ent_coef is 0; and what to log."""
+    logprobs, entropy = agent.policy(obs, actions)
+    assert logprobs.shape == advantages.shape
+    policy_loss, entropy = -(logprobs * advantages).mean(), entropy.mean()
+    return policy_loss - ent_coef * entropy, [policy_loss, entropy]
 
 
 def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
@@ -203,14 +201,6 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     values = agent.value(obs)
     assert values.shape == returns.shape
     return nn.functional.mse_loss(values, returns)
-
-
-def actor_loss(agent, obs, actions, advantages, ent_coef: float) -> tuple[Tensor, list]:
-    """−mean log π(a|s) A − ent_coef H: minus its gradient estimates ∇J if ent_coef is 0; and what to log."""
-    logprobs, entropy = agent.policy(obs, actions)
-    assert logprobs.shape == advantages.shape
-    policy_loss, entropy = -(logprobs * advantages).mean(), entropy.mean()
-    return policy_loss - ent_coef * entropy, [policy_loss, entropy]
 
 
 def eligibility_trace(trace: Tensor | float, decay: float, output: Tensor, params: list[Tensor]) -> Tensor:
@@ -223,16 +213,6 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
     metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
     return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
-
-
-def trace_loss(trace: Tensor, td_error: Tensor, params: list[Tensor]) -> Tensor:
-    """−δ ⟨e, θ⟩ with constants δ and e: a step down this pseudo-loss goes along δ e (eq. 12.7)."""
-    return -td_error.sum() * (trace @ nn.utils.parameters_to_vector(params))
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G): 1 for a perfect critic, 0 for a constant one."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
 
 
 METRICS = (
@@ -259,15 +239,13 @@ def train(args: Args) -> dict[str, float]:
             parts["critic_optimizer"] = critic_optimizer
         run.start(args, envs, **parts)
 
-        def gradient(
-            obs: Tensor, actions: Tensor, advantages: Tensor, targets: Tensor, trace: Tensor | None = None
-        ) -> tuple[Tensor, Tensor]:
+        def gradient(obs, actions, advantages, targets, trace=None) -> tuple[Tensor, Tensor]:
             loss, (policy_loss, entropy) = actor_loss(agent, obs, actions, advantages, args.ent_coef)
             value_loss = critic_loss(agent, obs, targets)
             if args.shared_network:
                 loss = loss + args.vf_coef * value_loss
-            if trace is not None:
-                loss = trace_loss(trace, advantages, params)
+            if trace is not None:  # a step down −δ ⟨e, θ⟩ goes along δ e (eq. 12.7)
+                loss = -advantages.sum() * (trace @ nn.utils.parameters_to_vector(params))
             return flat_gradient(loss, [policy_loss, value_loss, entropy], params, args.max_grad_norm)
 
         def critic_gradient(obs: Tensor, targets: Tensor) -> Tensor:
@@ -307,9 +285,9 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     values, next_values = agent.value(torch.stack([obs, next_obs]))
                 arrays = rewards, values, next_values, terminated, dones
-                targets = critic_targets(*arrays, args=args)
-                if epoch == 0:  # of a batch that the critic has not seen
-                    explained = explained_variance(values, targets)
+                targets = values + gae(*arrays, args.gamma, float(args.critic_target == "monte_carlo"))
+                if epoch == 0:  # the critic has not seen this batch yet
+                    explained = 1 - (targets - values).var(correction=0) / (targets.var(correction=0) + 1e-8)
                 if epoch < fits:
                     critic_flat.grad = critic_gradient(obs, targets)
                     critic_optimizer.step()
@@ -325,7 +303,7 @@ def train(args: Args) -> dict[str, float]:
                 actor_trace = eligibility_trace(actor_trace, decay, logprobs.sum(), params)
                 critic_trace = eligibility_trace(critic_trace, decay, agent.value(obs).sum(), critic_params)
                 flat.grad, metrics = gradient(obs, actions, advantages, targets, actor_trace)
-                loss = trace_loss(critic_trace, advantages, critic_params)
+                loss = -advantages.sum() * (critic_trace @ nn.utils.parameters_to_vector(critic_params))
                 critic_flat.grad, _ = flat_gradient(loss, [], critic_params, args.max_grad_norm)
                 critic_optimizer.step()
             else:

@@ -93,11 +93,11 @@ class Sampler:
 def fit(agent: ac.Agent, batches: list, args: Args, epochs: int) -> None:
     """Fits the critic to Monte Carlo returns, with a step of Adam on one batch after the other."""
     optimizer = torch.optim.Adam(agent.critic.parameters(), lr=ac.Args.critic_learning_rate, eps=1e-5)
-    flags = ac.Args(gamma=args.gamma, critic_target="monte_carlo")
     for epoch in range(epochs):
         obs, _, arrays = batches[epoch % len(batches)]
+        inputs = arrays(agent)
         optimizer.zero_grad()
-        ac.critic_loss(agent, obs, ac.critic_targets(*arrays(agent), args=flags)).backward()
+        ac.critic_loss(agent, obs, inputs[1] + ac.gae(*inputs, args.gamma, 1.0)).backward()
         optimizer.step()
 
 
@@ -128,9 +128,9 @@ def measure(args: Args) -> dict:
                 advantages = ac.advantage_estimates(*inputs, args=kind)
                 part = (x[: args.num_steps] for x in (obs, actions, advantages))
                 estimates[critic][name].append(gradient(agent, *part))
-            returns = ac.critic_targets(*inputs, args=replace(flags, critic_target="monte_carlo"))
-            values = inputs[1][: args.num_steps]
-            explained[critic].append(float(ac.explained_variance(values, returns[: args.num_steps])))
+            advantages = ac.gae(*inputs, args.gamma, 1.0)[: args.num_steps]
+            returns = inputs[1][: args.num_steps] + advantages
+            explained[critic].append(float(1 - advantages.var(correction=0) / returns.var(correction=0)))
 
     lengths = [length for _, _, length in envs.ended]
     stack.close()

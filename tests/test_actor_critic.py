@@ -108,10 +108,8 @@ def test_advantages_and_targets_equal_double_loops_over_separate_episodes(flags)
         args = args_of(**flags | {"gamma": (0.0, 0.875, 1.0)[case % 3]})
         advantages = actor_critic.advantage_estimates(*map(torch.from_numpy, arrays), args=args)
         close(advantages, by_loops(args, *arrays))
-        for target, n in (("bootstrap", 1), ("monte_carlo", 1000)):
-            args = args_of(critic_target=target)
-            targets = actor_critic.critic_targets(*map(torch.from_numpy, arrays), args=args)
-            close(targets, arrays[1] + n_step_loop(*arrays, GAMMA, n))
+        for lam, n in ((0.0, 1), (1.0, 1000)):  # which the critic's targets are, plus V(s_t)
+            close(actor_critic.gae(*map(torch.from_numpy, arrays), GAMMA, lam), n_step_loop(*arrays, GAMMA, n))
 
 
 def real_run(space, **flags):
