@@ -14,10 +14,9 @@ Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (ar
             6. the targets follow: φ' ← φ' + τ (φ − φ'), θ' ← θ' + τ (θ − θ')
         7. log, evaluate, save
 
-If s' terminates the task, it is worth 0; a time limit is no such end. With num_updates = N there is one
-update for each transition. Actions are in units in which the bounds of a Box are ±1, everywhere; tanh keeps μ
-within them. Noise is drawn for each dimension of each environment: white, or an Ornstein-Uhlenbeck process
-(noise_correlation) that begins anew with each episode.
+With num_updates = N there is one update for each transition. Actions are in units in which the bounds of a
+Box are ±1, everywhere; tanh keeps μ within them. Noise is drawn for each dimension of each environment:
+white, or an Ornstein-Uhlenbeck process (noise_correlation) that begins anew with each episode.
 
 Beyond the papers: Q sees the action in its first layer; neither weight decay nor batch normalisation; the
 first actions are uniform; white noise is the default (Fujimoto et al. 2018); observations and rewards are
@@ -77,7 +76,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions that are kept
     learning_rate: float = 1e-3  # Adam's step size for the policy
     q_learning_rate: float = 1e-3  # Adam's step size for Q
-    anneal_lr: bool = True  # lower them linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     tau: float = 0.05  # how far the targets move in each update
     exploration_noise: float = 0.1  # deviation of the noise, where the bounds of actions are ±1
@@ -121,10 +120,10 @@ class Agent(nn.Module):
         return critic(torch.cat([self.obs_norm(obs), actions], -1)).squeeze(-1)
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update: μ + noise, cut off at ±1, (N, action_dim)."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. It is μ + noise, within ±1."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
-        def act(obs, noise):
+        def act(obs, noise):  # (N, obs_dim) to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
             output = np.maximum(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2, 0) @ w3.T + b3
             return (np.tanh(output) + noise).clip(-1, 1)

@@ -16,18 +16,16 @@ Replay, target: Lillicrap et al. 2016, "Continuous Control with Deep Reinforceme
             6. the target follows: φ' ← φ' + τ (φ − φ')
         7. log, evaluate, save
 
-If s' terminates the task, it is worth 0; a time limit is no such end. For Discrete actions the expectations
-in y, in H and in `resample` are sums over all actions; for a Box they are means over num_samples draws.
+The expectations in y, H and `resample` are sums over all Discrete actions, or means over num_samples draws.
 
 The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in the actor's step, is wrong
 twice. r and s' belong to the action of β, the mixture of all earlier policies: V becomes its value. And
-∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q puts the first right, since it is told the action
-and chooses a' itself; a fresh action, or the weight π/β, the second. The states remain those of β, and the
-part of the gradient that goes through Q^π is left out (theorem 1): it is the gradient of no objective.
+∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q, which is told the action, puts the first right; a
+fresh action, or the weight π/β, the second. The states remain β's, and ∇Q^π is left out (theorem 1).
 
-Beyond the paper: Q with a target in place of gradient-TD; a Box has a = tanh(u), u ~ N(μ(s), diag σ(s)²), and
-the buffer holds u, so that tanh's slope cancels in π/β; observations and rewards are normalised by default
-(where Q is near 100 for all actions, a policy is deterministic before Q can tell them apart).
+Beyond the paper: Q has a target, instead of gradient-TD; a Box has a = tanh(u), and the buffer holds u, so
+that tanh's slope cancels in π/β; observations and rewards are normalised by default (where all Q are near
+100, a policy is deterministic before Q can tell them apart).
 
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
@@ -85,7 +83,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions that are kept
     learning_rate: float = 3e-4  # Adam's step size for the policy
     q_learning_rate: float = 1e-3  # Adam's step size for Q
-    anneal_lr: bool = True  # lower them linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     tau: float = 0.05  # how far the targets move in each update
     actor_update: Literal["resample", "reparameterized", "importance"] = "resample"  # fresh a, dQ/da, stored
@@ -159,22 +157,18 @@ class Agent(nn.Module):
         noise = torch.empty(*shape, self.action_dim)  # drawn on the CPU, whatever the device
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
-    def squash(self, actions: np.ndarray) -> np.ndarray:
-        """What the environment gets: tanh(u) for a Box."""
-        return actions if self.discrete else np.tanh(actions)
-
     def in_numpy(self, squash: bool = True):
-        """Returns act(obs, noise), valid until an update: (N, obs_dim) to actions (N,) or (N, action_dim)."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. A Box: tanh(u), or u itself."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
-        def act(obs, noise):
+        def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
             output = np.maximum(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2, 0) @ w3.T + b3
             if self.discrete:
                 return (output + noise).argmax(-1)
             mean, log_std = np.split(output, 2, -1)
-            actions = mean + np.exp(log_std.clip(-20, 2)) * noise
-            return self.squash(actions) if squash else actions
+            u = mean + np.exp(log_std.clip(-20, 2)) * noise
+            return np.tanh(u) if squash else u
 
         return act
 
@@ -349,7 +343,8 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     behaviour = [torch.from_numpy(x).to(device) for x in (obs, actions)]
                     behaviour_logprobs = agent.logprobs(*behaviour).cpu().numpy()
-            rewards, next_obs, terminated, _, discounted_returns = envs.step(agent.squash(actions))
+            taken = actions if envs.discrete else np.tanh(actions)
+            rewards, next_obs, terminated, _, discounted_returns = envs.step(taken)
             buffer.add(obs, actions, rewards, next_obs, terminated, behaviour_logprobs)
             if args.normalize_obs:
                 agent.obs_norm.update(torch.from_numpy(obs).to(device), left)
