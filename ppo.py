@@ -13,9 +13,6 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
         6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
-s'_t is the true successor of s_t, also at the end of an episode. If it terminates the task, V(s'_t) is 0; a
-time limit does not. The sum in A_t stops where the episode or the batch ends.
-
 Beyond the paper: advantages are computed anew in every epoch with the newest critic (the paper: once) and
 normalised in every minibatch; the gradient's norm is clipped; rewards are normalised by default (V near 100
 would take all of the clipped norm), observations can be.
@@ -68,7 +65,7 @@ class Args:
 
     num_steps: int = 64  # steps of each environment in a batch, T
     learning_rate: float = 1e-3  # Adam's step size
-    anneal_lr: bool = True  # lower it linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
     update_epochs: int = 4  # passes over each batch
@@ -151,13 +148,6 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
-def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
-    grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
-    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
-    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
-
-
 def clipped_surrogate(logratio: Tensor, advantages: Tensor, clip_coef: float) -> tuple[Tensor, ...]:
     """−mean min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = exp(logratio) (PPO eq. 7), for (B,) and (B,).
 
@@ -178,12 +168,19 @@ def ppo_loss(agent, obs, actions, old_logprobs, advantages, returns, args: Args)
         std, mean = torch.std_mean(advantages, correction=0)
         advantages = (advantages - mean) / (std + 1e-8)
     logprobs, entropy = agent.policy(obs, actions)
-    policy_loss, approx_kl, clipfrac = clipped_surrogate(logprobs - old_logprobs, advantages, args.clip_coef)
     values, entropy = agent.value(obs), entropy.mean()
     assert values.shape == returns.shape
+    policy_loss, approx_kl, clipfrac = clipped_surrogate(logprobs - old_logprobs, advantages, args.clip_coef)
     value_loss = nn.functional.mse_loss(values, returns)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, [policy_loss, value_loss, entropy, approx_kl, clipfrac]
+
+
+def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient as one vector, scaled down to max_norm if longer; metrics and its norm as another."""
+    grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
+    metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
+    return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
 METRICS = (
@@ -252,9 +249,9 @@ def train(args: Args) -> dict[str, float]:
                 batch = [x.flatten(0, 1) for x in (obs, actions, old_logprobs, advantages, returns)]
                 shuffled = torch.randperm(len(batch[0])).to(device)
                 for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch), strict=True):
-                    flat.grad, minibatch_metrics = gradient(*minibatch)
+                    flat.grad, step_metrics = gradient(*minibatch)
                     optimizer.step()
-                    metrics.append(minibatch_metrics.clone())  # a CUDA graph overwrites them
+                    metrics.append(step_metrics.clone())  # a CUDA graph overwrites them
                 means = torch.stack(metrics[-args.num_minibatches :]).mean(0)
                 if args.target_kl and means[METRICS.index("losses/approx_kl")] > args.target_kl:
                     break
@@ -262,8 +259,8 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics (not before: π_old and π_θ have to see the same), log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(obs, left)
-            means = [*torch.stack(metrics).mean(0), explained]
-            run.end_iteration(dict(zip(METRICS, means, strict=True)), learning_rate)
+            metrics = dict(zip(METRICS, [*torch.stack(metrics).mean(0), explained], strict=True))
+            run.end_iteration(metrics, learning_rate)
         return run.finish()
 
 

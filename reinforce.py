@@ -13,9 +13,8 @@ so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
         2. run the policy for one whole episode in each of N environments
         3. Ψ_t is the return of the whole episode (weight trajectory), or of what follows a_t (reward_to_go)
         4. subtract a baseline b that does not depend on the action: the same expectation, less variance
-        5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), a weighted likelihood,
-           with importance weights after the first; for the baseline `value` also critic_epochs Adam steps on
-           mean (V(s_t) − G_t)²
+        5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), with importance weights
+           after the first; for the baseline `value` then critic_epochs Adam steps on mean (V(s_t) − G_t)²
         6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
 Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which everybody uses, weights it with
@@ -24,10 +23,8 @@ Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which e
 exactly one episode, and early ones wait: the first N to end would too often be short ones.
 
 Beyond the papers: Adam; advantages are normalised by default (by the batch, which biases a little), and
-observations can be. --demonstrations FILE first clones recorded behaviour: step 5 with all weights 1.
-
-The baseline `time` knows how much time is left, V(s) does not: while all episodes fail alike (Acrobot-v1),
-its advantages are 0, those of `value` noise.
+observations can be. --demonstrations FILE first clones recorded behaviour: step 5 with all weights 1. The
+baseline `time` is the default: while all episodes fail alike its advantages are 0, those of `value` noise.
 
 Compare with actor_critic.py, which puts a critic's estimate for the return and needs no whole episodes.
 
@@ -64,7 +61,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first
     seed: int = 1  # of everything random
     total_timesteps: int = 200_000  # environment steps, over all environments
-    num_envs: int = 8  # environments, and episodes in a batch, N
+    num_envs: int = 8  # environments, N; each runs one episode of a batch
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
     num_threads: int = 1  # of PyTorch on the CPU
     compile: bool = False  # compile the gradient; takes half a minute
@@ -81,7 +78,7 @@ class Args:
     update_epochs: int = 1  # steps on each batch
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # from the second step on
     learning_rate: float = 2e-3  # Adam's step size for the policy
-    anneal_lr: bool = True  # lower it linearly, to 0 at the end
+    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of V on each batch
@@ -165,10 +162,7 @@ def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: s
 
 
 def leave_one_out(x: Tensor) -> Tensor:
-    """Σ_{j≠i} x_j over the last axis, the episodes: its own rewards would bias a baseline of i.
-
-    In float64: with the baseline `time`, equal episodes have advantages of exactly 0, no rounding error.
-    """
+    """Σ_{j≠i} x_j over the last axis, the episodes; in float64, so that equal episodes have advantages 0."""
     return x.double() @ (1 - torch.eye(x.shape[-1], dtype=torch.double, device=x.device))
 
 
@@ -332,7 +326,7 @@ def train(args: Args) -> dict[str, float]:
             weights, discount = episode_weights(rewards, args.gamma, args.weight, args.discount_from)
 
             # 4. minus a baseline
-            advantages, more = weights, {"charts/discounted_return": returns[0].mean()}
+            advantages, metrics = weights, {"charts/discounted_return": returns[0].mean()}
             if args.baseline == "average":
                 advantages = weights - average_baseline(weights, mask)
             elif args.baseline == "optimal":
@@ -347,7 +341,7 @@ def train(args: Args) -> dict[str, float]:
                     values = agent.value(obs)
                 advantages = weights - discount * values
                 rest = (taken_returns - values[mask]).var(correction=0)
-                more["losses/explained_variance"] = 1 - rest / (taken_returns.var(correction=0) + 1e-8)
+                metrics["losses/explained_variance"] = 1 - rest / (taken_returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(advantages[mask], correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -355,22 +349,22 @@ def train(args: Args) -> dict[str, float]:
             # 5. steps of the policy, then of the critic
             with torch.no_grad():
                 old_logprobs, _ = agent.policy(obs, actions)
-            metrics = []
+            logged = []
             for _ in range(args.update_epochs):
-                flat.grad, batch_metrics = gradient(obs, actions, old_logprobs, advantages, mask)
+                flat.grad, step_metrics = gradient(obs, actions, old_logprobs, advantages, mask)
                 optimizer.step()
-                metrics.append(batch_metrics)
+                logged.append(step_metrics)
             for _ in range(args.critic_epochs if args.baseline == "value" else 0):
                 loss = critic_loss(agent, taken_obs, taken_returns)
                 critic_flat.grad, _ = flat_gradient(loss, [], critic_params, math.inf)
                 critic_optimizer.step()
-                more["losses/value_loss"] = loss.detach()
+                metrics["losses/value_loss"] = loss.detach()
 
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(taken_obs, left)
-            more |= dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True))
-            run.end_iteration(more, learning_rate)
+            metrics |= dict(zip(METRICS, torch.stack(logged).mean(0), strict=True))
+            run.end_iteration(metrics, learning_rate)
         return run.finish()
 
 
