@@ -231,8 +231,8 @@ def train(args: Args) -> dict[str, float]:
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
 
-        def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
-            return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
+        def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
+            return flat_gradient(*policy_loss(agent, *batch), params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two

@@ -192,13 +192,9 @@ def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]):
 
 
 def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1e-6) -> Tensor:
-    """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952).
-
-    Begins with x = 0. When the residual is down to tolerance |b|, x stays what it is: idle products, but the
-    host need not wait for a number. Where a curvature is not positive, x becomes NaN.
-    """
+    """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952)."""
     x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
-    enough = tolerance**2 * square
+    enough = tolerance**2 * square  # from there on x stays what it is: no host has to wait for a number
     for _ in range(iterations):
         image, unfinished = product(direction), square > enough
         curvature = direction @ image
@@ -211,12 +207,9 @@ def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1
 
 
 def natural_gradient(product, policy_grad: Tensor, iterations: int, damping: float) -> tuple[Tensor, Tensor]:
-    """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x.
-
-    The residual of conjugate gradient is orthogonal to x, so xᵀF x = gᵀx − damping xᵀx at any iteration.
-    """
+    """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x."""
     x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, iterations)
-    return x, policy_grad @ x - damping * x @ x
+    return x, policy_grad @ x - damping * x @ x  # as conjugate gradient's residual is orthogonal to x
 
 
 def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
@@ -225,10 +218,7 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 
 def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef) -> tuple[Tensor, list]:
-    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS.
-
-    `old` is the distribution of π_old. At π_old minus the gradient is that of mean log π(a|s) A + ent_coef H.
-    """
+    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS."""
     kl = kl_divergence(old, agent.distribution(obs))
     logprobs, entropy = agent.policy(obs, actions)
     assert logprobs.shape == old_logprobs.shape == advantages.shape

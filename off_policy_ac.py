@@ -191,21 +191,15 @@ def exact_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
 
 
 def score_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
-    """−mean log π(a_k|s) (Q(s, a_k) − b_k), (K, B), a_k ~ π(·|s); b_k is the mean Q of the other draws.
-
-    As b_k does not depend on a_k, the gradient stays unbiased. A single draw has no baseline.
-    """
+    """−mean log π(a_k|s) (Q(s, a_k) − b_k), (K, B), a_k ~ π(·|s); b_k is the mean Q of the other draws."""
     assert logprobs.shape == q_values.shape
-    others = len(q_values) - 1
+    others = len(q_values) - 1  # which do not depend on a_k: the gradient stays unbiased
     baselines = (q_values.sum(0) - q_values) / others if others else torch.zeros_like(q_values)
     return -(logprobs * (q_values - baselines).detach()).mean()
 
 
 def importance_loss(logratio: Tensor, advantages: Tensor) -> Tensor:
-    """−mean ρ A, ρ = π(a|s) / β(a|s) = exp(logratio), (B,): minus its gradient is mean ρ ∇ log π(a|s) A.
-
-    With a ~ β and s from β's states that estimates the gradient of Degris et al.
-    """
+    """−mean ρ A, ρ = π(a|s) / β(a|s) = exp(logratio), (B,): minus its gradient is that of Degris et al."""
     assert logratio.shape == advantages.shape
     return -(logratio.exp() * advantages.detach()).mean()
 

@@ -149,14 +149,11 @@ def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: str) -> tuple[Tensor, Tensor]:
-    """Ψ_t (T, N), and the factor of step t, (T, 1): γ^t if J is discounted from the start, else 1.
-
-    The rewards before t, which causality leaves out, add nothing but variance: no action can change them.
-    """
+    """Ψ_t (T, N), and the factor of step t, (T, 1): γ^t if J is discounted from the start, else 1."""
     steps = torch.arange(len(rewards), dtype=rewards.dtype, device=rewards.device).unsqueeze(1)
     discount = gamma**steps if discount_from == "start" else torch.ones_like(steps)
     weights = discount * rewards_to_go(rewards, gamma)
-    if weight == "trajectory":
+    if weight == "trajectory":  # and the rewards before t, which add variance: no action changes them
         weights = weights + (discount * rewards).cumsum(0) - discount * rewards
     return weights, discount
 
