@@ -197,7 +197,7 @@ def actor_loss(agent, obs, actions, advantages, ent_coef: float) -> tuple[Tensor
 
 
 def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − y)² over rows (T, N)."""
+    """mean (V(s) − G)², over (B,) or (T, N)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
     return nn.functional.mse_loss(values, returns)

@@ -228,7 +228,7 @@ def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef)
 
 
 def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − G)² over rows (B,)."""
+    """mean (V(s) − G)², over (B,) or (T, N)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
     return nn.functional.mse_loss(values, returns)

@@ -61,7 +61,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium environment; module:Name-v0 imports the module first
     seed: int = 1  # of everything random
     total_timesteps: int = 200_000  # environment steps, over all environments
-    num_envs: int = 8  # environments, N; each runs one episode of a batch
+    num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
     num_threads: int = 1  # of PyTorch on the CPU
     compile: bool = False  # compile the gradient; takes half a minute
@@ -220,7 +220,7 @@ def reinforce_loss(agent, obs, actions, old_logprobs, advantages, mask, importan
 
 
 def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − G)² over rows (B,)."""
+    """mean (V(s) − G)², over (B,) or (T, N)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
     return nn.functional.mse_loss(values, returns)
