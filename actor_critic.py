@@ -324,10 +324,9 @@ SCRIPT = Path(__file__).stem
 LONGEST = 100_000  # steps of an episode that has to end
 
 
-def mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+def mlp(fan_in: int, width: int, fan_out: int, gain: float) -> nn.Sequential:
     """tanh network with two hidden layers; orthogonal weights with gains √2, √2 and `gain`, zero biases."""
-    sizes = (fan_in, hidden_size), (hidden_size, hidden_size), (hidden_size, fan_out)
-    layers = [nn.Linear(*size) for size in sizes]
+    layers = nn.Linear(fan_in, width), nn.Linear(width, width), nn.Linear(width, fan_out)
     for layer, layer_gain in zip(layers, (2**0.5, 2**0.5, gain), strict=True):
         nn.init.orthogonal_(layer.weight, layer_gain)
         nn.init.zeros_(layer.bias)

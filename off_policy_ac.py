@@ -101,10 +101,9 @@ class Args:
             raise ValueError("--tau must be at most 1")
 
 
-def relu_mlp(fan_in: int, hidden_size: int, fan_out: int, gain: float) -> nn.Sequential:
+def relu_mlp(fan_in: int, width: int, fan_out: int, gain: float) -> nn.Sequential:
     """ReLU network with two hidden layers and PyTorch's initial weights, in the last times `gain`."""
-    sizes = (fan_in, hidden_size), (hidden_size, hidden_size), (hidden_size, fan_out)
-    layers = [nn.Linear(*size) for size in sizes]
+    layers = nn.Linear(fan_in, width), nn.Linear(width, width), nn.Linear(width, fan_out)
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
