@@ -378,8 +378,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            largest = min(float(np.finfo(low.dtype).max), 1e30)  # from there on it means: no bound
-            bounded = np.maximum(-low, high) < largest
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -415,8 +414,7 @@ class Envs:
         self.steps += len(copies)
         try:
             for i in copies:
-                action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
-                obs, reward, ended, truncated, _ = self.envs[i].step(action)
+                obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
                 next_obs[i], reward = self.row(obs), np.asarray(reward).item()
                 total, length, discounted = self.episodes[i]
                 self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
