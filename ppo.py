@@ -423,10 +423,9 @@ class Envs:
         except Exception as error:
             error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
             raise
-        seen = self.obs.sum(dtype=float) + next_obs.sum(dtype=float)
-        if not math.isfinite(seen + rewards.sum(dtype=float)):
-            what = "a reward" if math.isfinite(seen) else "an observation"
-            fail(f"{self.name} returned {what} that is not finite at step {self.steps:,}", 1)
+        found = {"an observation": (self.obs, next_obs), "a reward": rewards}
+        if broken := [what for what, x in found.items() if not np.isfinite(x).all()]:
+            fail(f"{self.name} returned {broken[0]} that is not finite at step {self.steps:,}", 1)
         self.obs = next_obs.copy()
         for i in dones.nonzero()[0]:
             self.ended.append((self.steps, *self.episodes[i][:2]))
@@ -515,9 +514,8 @@ class Run(ExitStack):
         tags = dict.fromkeys(tag for metrics in self.pending for tag in metrics)
         means = [torch.stack([x[tag] for x in self.pending if tag in x]).mean() for tag in tags]
         means = dict(zip(tags, torch.stack(means).tolist() if means else [], strict=True))
-        for tag, value in means.items():
-            if not math.isfinite(value):
-                fail(f"{tag} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
+        if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
+            fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:
             self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
         speed = (self.step - self.first_step) / (now - self.clock)
