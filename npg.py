@@ -571,9 +571,8 @@ class Run(ExitStack):
         left = max(0, args.total_timesteps - self.step)
         if left and not self.signal and self.step < before + log_interval:
             return
-        tags = dict.fromkeys(tag for metrics in self.pending for tag in metrics)
-        means = [torch.stack([x[tag] for x in self.pending if tag in x]).mean() for tag in tags]
-        means = dict(zip(tags, torch.stack(means).tolist() if means else [], strict=True))
+        rows = [torch.stack([*x.values()]) for x in self.pending if x]
+        means = dict(zip(metrics, torch.stack(rows).mean(0).tolist(), strict=True)) if rows else {}
         if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:
