@@ -519,7 +519,7 @@ class Run(ExitStack):
 
     def end_iteration(self, metrics, learning_rate, log_interval=1):
         """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
-        args, now, before = self.args, time.perf_counter(), self.logged
+        args, before = self.args, self.logged
         self.step, self.iteration = self.envs.steps, self.iteration + 1
         self.pending.append(metrics)
         left = max(0, args.total_timesteps - self.step)
@@ -531,7 +531,7 @@ class Run(ExitStack):
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:
             self.log(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
-        speed = (self.step - self.first_step) / (now - self.clock)
+        speed = (self.step - self.first_step) / (time.perf_counter() - self.clock)
         self.log(self.step, means | {"charts/learning_rate": learning_rate, "charts/SPS": speed})
         self.envs.ended, self.pending, self.logged = [], [], self.step
         if 10 * self.step // args.total_timesteps > 10 * before // args.total_timesteps:
@@ -543,7 +543,6 @@ class Run(ExitStack):
         if args.checkpoint_every and self.step // args.checkpoint_every > before // args.checkpoint_every:
             self.save()
             self.envs.reset(args.seed, 0, self.iteration)
-        self.clock += time.perf_counter() - now  # what is no training does not count
 
     def evaluate(self):
         """Logs the mean return and length of greedy episodes, in an environment of their own."""
