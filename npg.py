@@ -456,10 +456,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, true successors, terminated, dones (terminated or truncated), discounted returns.
-
-        Copies that are not in the mask `running` wait: they stay where they are, for a reward of 0.
-        """
+        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -494,11 +491,7 @@ class Envs:
 
 
 class Run(ExitStack):
-    """A run's directory, curves, checkpoint, evaluations and signals; closes what was opened.
-
-    All episodes restart after a periodic checkpoint, in the run that goes on as in one that resumes: so no
-    environment has to be saved, and the two agree bit for bit.
-    """
+    """A run's directory, curves, checkpoint, evaluations and signals; closes what was opened."""
 
     def start(self, args, envs, **parts):
         """Begins in a new directory, or goes on from a checkpoint, which holds the state of all `parts`."""
@@ -588,7 +581,7 @@ class Run(ExitStack):
             self.evaluate()
         if args.checkpoint_every and self.step // args.checkpoint_every > before // args.checkpoint_every:
             self.save()
-            self.envs.reset(args.seed, 0, self.iteration)
+            self.envs.reset(args.seed, 0, self.iteration)  # as a resumed run does: no env has to be saved
 
     def evaluate(self):
         """Logs the mean return and length of greedy episodes, in an environment of their own."""
