@@ -409,17 +409,13 @@ class Envs:
         terminated, dones = np.zeros((2, len(self.envs)), bool)
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
-        try:
-            for i in copies:
-                obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
-                next_obs[i], reward = self.row(obs), np.asarray(reward).item()
-                total, length, discounted = self.episodes[i]
-                self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
-                rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
-                terminated[i], dones[i] = bool(ended), bool(ended or truncated)
-        except Exception as error:
-            error.add_note(f"{self.name}: step() has to return obs, reward, terminated, truncated, info")
-            raise
+        for i in copies:
+            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            next_obs[i], reward = self.row(obs), np.asarray(reward).item()
+            total, length, discounted = self.episodes[i]
+            self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
+            rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
+            terminated[i], dones[i] = bool(ended), bool(ended or truncated)
         found = {"an observation": (self.obs, next_obs), "a reward": rewards}
         if broken := [what for what, x in found.items() if not np.isfinite(x).all()]:
             fail(f"{self.name} returned {broken[0]} that is not finite at step {self.steps:,}", 1)
@@ -455,6 +451,7 @@ class Run(ExitStack):
         with suppress(ValueError):  # only the main thread can set handlers
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.callback(signal.signal, signum, signal.signal(signum, self.on_signal))
+        self.push(lambda _, error, __: error and error.add_note(f"{args.env_id}, after step {envs.steps:,}"))
         envs.steps = self.first_step = self.logged = self.step
         envs.reset(args.seed, 0, self.iteration)
         self.clock = time.perf_counter()
