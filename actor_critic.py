@@ -532,11 +532,10 @@ class Run(ExitStack):
     def save(self):
         """A kill at any moment leaves a whole checkpoint: the old one, or this."""
         self.writer.flush()  # a resumed run drops the events after this step, and needs those before it
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT, "args": vars(self.args), "rng": torch.get_rng_state()}
-        state |= {"step": self.step, "iteration": self.iteration}
+        state = {"script": SCRIPT, "args": vars(self.args), "step": self.step, "iteration": self.iteration}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
         with open(self.path.with_suffix(".tmp"), "wb") as file:
-            torch.save(state, file)
+            torch.save(state | parts | {"rng": torch.get_rng_state()}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self.path)
