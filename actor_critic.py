@@ -520,9 +520,8 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        flags, others = vars(self.args) | {"script": SCRIPT}, saved["args"] | {"script": saved["script"]}
-        changed = {flag for flag, _ in flags.items() ^ others.items()}
-        if changed := changed - {"device", "num_threads", "run_dir", "resume"}:  # which do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()
+        if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])

@@ -342,7 +342,8 @@ def test_resume_wants_the_same_flags_and_a_whole_plain_checkpoint(name):
     saved, good = torch.load(path, weights_only=True), path.read_bytes()
     assert {type(x) for x in tree_flatten(saved)[0]} <= {torch.Tensor, str, int, float, bool, type(None)}
     assert saved["args"] == saved["args"] | flags_of(name, resume=True, num_threads=2)
-    agentless, other = {key: x for key, x in saved.items() if key != "agent"}, saved | {"script": "other"}
+    agentless = {key: x for key, x in saved.items() if key != "agent"}
+    other = saved | {"args": saved["args"] | {"flag_of_another_script": 1}}
     for bad in (b"", b"text\n", good[: len(good) // 2], pickle.dumps(malice), malice, agentless, other):
         path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
         before = contents()
