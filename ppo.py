@@ -344,11 +344,10 @@ def check_ranges(args):
 def set_up(args):
     """Returns the device; sets the threads and the seed of PyTorch, whose CPU generator draws all noise."""
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    compiled = vars(args).get("compile", False)
     try:
-        (torch.compile(torch.neg) if compiled else torch.neg)(torch.zeros(1, device=device)).item()
+        torch.compile(torch.neg, disable=not vars(args).get("compile"))(torch.zeros(1, device=device)).item()
     except Exception as error:
-        fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
+        fail(f"--device {device} or --compile does not work here: {error}")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     return torch.device(device)
