@@ -635,12 +635,11 @@ class Run(ExitStack):
                 envs.step(act(envs.obs, 0))
                 if self.signal:
                     return
-        if envs.episodes[0][1] == LONGEST:
-            say(f"evaluation cut after {LONGEST:,} steps of one episode: see --max-episode-steps")
-            envs.ended.append((0, *envs.episodes[0][:2]))
-        _, value, length = np.mean(envs.ended, 0).tolist()
+        cut = [(0, *episode[:2]) for episode in envs.episodes if episode[1] == LONGEST]
+        _, value, length = np.mean(envs.ended + cut, 0).tolist()
         self.log(self.step, {"eval/episodic_return": value, "eval/episodic_length": length})
-        say(f"evaluated return {value:.1f} over {len(envs.ended)} episodes")
+        hint = f", the last cut after {LONGEST:,} steps: see --max-episode-steps" if cut else ""
+        say(f"evaluated return {value:.1f} over {len(envs.ended + cut)} episodes{hint}")
 
     def finish(self):
         """Saves, evaluates, and returns the last value of each metric."""
