@@ -536,8 +536,6 @@ class Run(ExitStack):
         name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
         self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
-        if args.resume and not args.run_dir:
-            fail("--resume needs --run-dir, the run to continue")
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
             if any(self.dir.iterdir()) and not args.resume:
