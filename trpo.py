@@ -445,10 +445,11 @@ def check_ranges(args):
 def set_up(args):
     """Returns the device; sets the threads and the seed of PyTorch, whose CPU generator draws all noise."""
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    compiled = vars(args).get("compile", False)
     try:
-        torch.compile(torch.neg, disable=not vars(args).get("compile"))(torch.zeros(1, device=device)).item()
+        (torch.compile(torch.neg) if compiled else torch.neg)(torch.zeros(1, device=device)).item()
     except Exception as error:
-        fail(f"--device {device} or --compile does not work here: {error}")
+        fail(f"--device {device}{' --compile' * compiled} does not work here: {error}")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     return torch.device(device)
@@ -536,6 +537,8 @@ class Run(ExitStack):
         name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
         self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
+        if args.resume and not args.run_dir:
+            fail("--resume needs --run-dir, the run to continue")
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
             if any(self.dir.iterdir()) and not args.resume:
