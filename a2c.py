@@ -23,9 +23,8 @@ all of the clipped norm), observations and advantages can be; a worker of A3C ho
 Compare with actor_critic.py, which fits the critic first, and ppo.py, which takes many steps on each batch.
 
     python a2c.py
-    python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --optimizer adam --num-steps 64 \
-        --learning-rate 2e-3 --gae-lambda 0.95 --log-std-init -1 --normalize-obs --normalize-advantages \
-        --compile
+    python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-steps 32 --learning-rate 2e-3 \
+        --gae-lambda 0.95 --normalize-obs --compile
     python a2c.py --asynchronous --num-workers 2 --num-envs 4
     torchrun --nproc-per-node 2 a2c.py
 """
@@ -572,7 +571,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():
