@@ -23,8 +23,8 @@ all of the clipped norm), observations and advantages can be; a worker of A3C ho
 Compare with actor_critic.py, which fits the critic first, and ppo.py, which takes many steps on each batch.
 
     python a2c.py
-    python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-steps 32 --learning-rate 2e-3 \
-        --gae-lambda 0.95 --normalize-obs --compile
+    python a2c.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-steps 16 --learning-rate 1e-3 \
+        --gae-lambda 0.95 --ent-coef 0.01 --log-std-init -1 --normalize-obs --compile
     python a2c.py --asynchronous --num-workers 2 --num-envs 4
     torchrun --nproc-per-node 2 a2c.py
 """

@@ -42,7 +42,10 @@ CONTINUOUS = {  # for actions in a Box
     "actor_critic": (
         "--num-steps 64 --learning-rate 2e-3 --log-std-init -1 --normalize-obs --normalize-advantages --compile"
     ),
-    "a2c": "--num-steps 32 --learning-rate 2e-3 --gae-lambda 0.95 --normalize-obs --compile",
+    "a2c": (
+        "--num-steps 16 --learning-rate 1e-3 --gae-lambda 0.95 --ent-coef 0.01 --log-std-init -1 --normalize-obs "
+        "--compile"
+    ),
     "npg": TRUST_REGION,
     "trpo": TRUST_REGION,
     "ppo": (
