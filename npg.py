@@ -289,8 +289,8 @@ def train(args: Args) -> dict[str, float]:
             # 5. the policy's step
             with torch.no_grad():
                 old, (old_logprobs, _) = agent.distribution(obs), agent.policy(obs, actions)
-            batch = obs, actions, old_logprobs, advantages, old
-            surrogate = partial(surrogate_loss, agent, *batch, args.ent_coef)
+            inputs = obs, actions, old_logprobs, advantages, old
+            surrogate = partial(surrogate_loss, agent, *inputs, args.ent_coef)
             old_loss, _ = surrogate()
             policy_grad = -flat_grad(old_loss, params)
             fisher = fisher_vector_product(agent, obs, params)
@@ -307,7 +307,8 @@ def train(args: Args) -> dict[str, float]:
             metrics += [policy_grad.norm(), old_loss - new_loss, accepted.float(), step_size]
 
             # 6. fit the critic
-            losses, batch = [], [x.flatten(0, 1) for x in (obs, returns)]
+            batch = [x.flatten(0, 1) for x in (obs, returns)]
+            losses = []
             for _ in range(args.critic_epochs):
                 shuffled = torch.randperm(len(batch[0])).to(device)
                 for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch), strict=True):
