@@ -15,7 +15,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
 same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
 each. A worker acts with a copy θ' of the shared θ, and applies its gradient to θ, which others may have moved
-meanwhile. Who comes first is up to the machine, so a resumed run goes on correctly, but not bit for bit.
+meanwhile. Who comes first is up to the machine: runs of one seed differ; resuming is right, not bit for bit.
 
 Beyond the paper: the losses are means, not sums; λ; rewards are normalised by default (V near 100 would take
 all of the clipped norm), observations and advantages can be; a worker of A3C holds a lock while it changes θ.
@@ -64,7 +64,7 @@ class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments
     num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -132,7 +132,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
@@ -145,7 +145,7 @@ class Agent(nn.Module):
 
 
 def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N), terminated and dones bool.
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
     A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
@@ -276,7 +276,8 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(gather(obs), left)
-            metrics = dict(zip(METRICS, [*metrics.clone(), explained], strict=True))
+            metrics = [*metrics.clone(), explained]  # a CUDA graph overwrites them
+            metrics = dict(zip(METRICS, metrics, strict=True))
             run.end_iteration(metrics, learning_rate, args.log_interval)
             stop = int(gather(torch.full((1, 1), run.signal)).max())  # which all processes have
         run.signal = stop or run.signal
@@ -483,7 +484,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -501,7 +502,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -515,7 +516,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

@@ -17,7 +17,7 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
         6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
 
-No sum goes on past the end of the episode or of the batch, where V(s') is its last term. n is lookahead.
+No sum goes past the end of the episode or the batch; its last term is V(s'), 0 if terminal. n is lookahead.
 
 Online: with T = N = 1 each step is learnt from as it comes. Traces hand its δ on to the steps before (Sutton
 and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e; so for the critic with ∇V(s), λ = trace_decay.
@@ -65,7 +65,7 @@ class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments
     num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -77,7 +77,7 @@ class Args:
     log_interval: int = 128  # environment steps between two points of a curve
     num_steps: int = 32  # steps of each environment in a batch, T
     learning_rate: float = 5e-3  # Adam's step size for the policy
-    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
+    anneal_lr: bool = True  # lower learning_rate linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 10  # steps of V on each batch
@@ -140,7 +140,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
@@ -153,7 +153,7 @@ class Agent(nn.Module):
 
 
 def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N), terminated and dones bool.
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
     A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
@@ -197,7 +197,7 @@ def actor_loss(agent, obs, actions, advantages, ent_coef: float) -> tuple[Tensor
 
 
 def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
-    """mean (V(s) − G)², over (B,) or (T, N)."""
+    """mean (V(s) − y)², y the targets, over (T, N)."""
     values = agent.value(obs)
     assert values.shape == returns.shape
     return nn.functional.mse_loss(values, returns)
@@ -285,6 +285,7 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     values, next_values = agent.value(torch.stack([obs, next_obs]))
                 arrays = rewards, values, next_values, terminated, dones
+                # y_t, in which V(s_t) cancels: λ = 1 is the sum of the rewards, λ = 0 is r_t + γ V(s'_t)
                 targets = values + gae(*arrays, args.gamma, float(args.critic_target == "monte_carlo"))
                 if epoch == 0:  # the critic has not seen this batch yet
                     explained = 1 - (targets - values).var(correction=0) / (targets.var(correction=0) + 1e-8)
@@ -313,7 +314,8 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(obs, left)
-            metrics = dict(zip(METRICS, [*metrics.clone(), explained], strict=True))
+            metrics = [*metrics.clone(), explained]  # a CUDA graph overwrites them
+            metrics = dict(zip(METRICS, metrics, strict=True))
             run.end_iteration(metrics, learning_rate, args.log_interval)
         return run.finish()
 
@@ -432,7 +434,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -450,7 +452,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -464,7 +466,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

@@ -60,7 +60,7 @@ class Args:
     total_timesteps: int = 20_000  # environment steps, over all environments
     num_envs: int = 1  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -131,7 +131,7 @@ class Agent(nn.Module):
 
 
 def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (1 − terminated) V(s'), all (B,); a time limit is not the end of the task."""
+    """y = r + γ (1 − terminated) V(s'), all (B,) floats; a time limit is not the end of the task."""
     assert rewards.shape == terminated.shape == next_values.shape
     return rewards + gamma * (1 - terminated) * next_values
 
@@ -230,8 +230,8 @@ def train(args: Args) -> dict[str, float]:
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
 
-        def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            return flat_gradient(*policy_loss(agent, *batch), params, args.max_grad_norm)
+        def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
+            return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -392,7 +392,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -410,7 +410,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -424,7 +424,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

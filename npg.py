@@ -23,8 +23,8 @@ The lecture's slides err: they print √(2ε / gᵀF g) without the inverse; two
 ½ dθᵀF dθ; they write KL(π‖π_old), of the same Hessian at π_old but other values.
 
 Beyond the paper: a discount; damping is added to F; √ε falls linearly to 0, as no batch tells noise from a
-gradient; advantages and (by default) rewards are normalised, observations can be; Adam fits the critic after
-the policy's step: a critic that has seen the rewards makes advantages too small.
+gradient; rewards (by default: Adam is slow to reach V near 100) and advantages are normalised, observations
+can be; Adam fits the critic after the policy's step: one that has seen the rewards makes them too small.
 
 Compare with a2c.py, which takes a plain gradient step, and trpo.py, which checks this step and shortens it.
 
@@ -64,7 +64,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps, over all environments
     num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
     checkpoint_every: int = 100_000  # environment steps; episodes restart after a checkpoint; 0: off
@@ -136,7 +136,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
@@ -149,7 +149,7 @@ class Agent(nn.Module):
 
 
 def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N), terminated and dones bool.
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
     A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
@@ -198,7 +198,7 @@ def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1
     for _ in range(iterations):
         image, unfinished = product(direction), square > enough
         curvature = direction @ image
-        length = torch.where(curvature > 0, square / curvature, math.nan)
+        length = torch.where(curvature > 0, square / curvature, math.nan)  # NaN: the step will be refused
         length = torch.where(unfinished, length, 0.0)
         x, residual = x + length * direction, residual - length * image
         square, old_square = residual @ residual, square
@@ -206,9 +206,9 @@ def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1
     return x
 
 
-def natural_gradient(product, policy_grad: Tensor, iterations: int, damping: float) -> tuple[Tensor, Tensor]:
-    """step_direction x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), and its curvature xᵀF x."""
-    x = conjugate_gradient(lambda v: product(v) + damping * v, policy_grad, iterations)
+def natural_gradient(fisher, policy_grad: Tensor, iterations: int, damping: float) -> tuple[Tensor, Tensor]:
+    """x = (F + damping I)⁻¹ g (Kakade 2001, section 2, damping 0), its curvature xᵀF x; fisher(v) is F v."""
+    x = conjugate_gradient(lambda v: fisher(v) + damping * v, policy_grad, iterations)
     return x, policy_grad @ x - damping * x @ x  # as conjugate gradient's residual is orthogonal to x
 
 
@@ -219,7 +219,7 @@ def kl_step_size(curvature: Tensor, max_kl: float) -> Tensor:
 
 def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef) -> tuple[Tensor, list]:
     """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS."""
-    kl = kl_divergence(old, agent.distribution(obs))
+    kl = kl_divergence(old, agent.distribution(obs))  # old: the `distribution` of π_old
     logprobs, entropy = agent.policy(obs, actions)
     assert logprobs.shape == old_logprobs.shape == advantages.shape
     logratio, entropy = logprobs - old_logprobs, entropy.mean()
@@ -292,7 +292,7 @@ def train(args: Args) -> dict[str, float]:
             inputs = obs, actions, old_logprobs, advantages, old
             surrogate = partial(surrogate_loss, agent, *inputs, args.ent_coef)
             old_loss, _ = surrogate()
-            policy_grad = -flat_grad(old_loss, params)
+            policy_grad = -flat_grad(old_loss, params)  # g, as ∇ρ = ∇ log π at π_old
             fisher = fisher_vector_product(agent, obs, params)
             direction, curvature = natural_gradient(fisher, policy_grad, args.cg_iterations, args.damping)
             step_size = kl_step_size(curvature, max_kl)
@@ -439,7 +439,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -457,7 +457,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -471,7 +471,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

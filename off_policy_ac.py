@@ -5,7 +5,7 @@ Replay, target: Lillicrap et al. 2016, "Continuous Control with Deep Reinforceme
 
     for each step of N environments:
         1. anneal the learning rates
-        2. take a ~ π(·|s), and store (s, a, r, s', terminated, log π(a|s)) in the replay buffer
+        2. take a ~ π(·|s), and store (s, a, r, s', terminated; for `importance` log π(a|s)) in the buffer
         num_updates times, once learning_starts transitions are stored:
             3. draw a batch from the buffer
             4. one Adam step of the critic on mean (Q(s, a) − y)²,  y = r + γ E_{a' ~ π(·|s')} Q'(s', a')
@@ -16,11 +16,11 @@ Replay, target: Lillicrap et al. 2016, "Continuous Control with Deep Reinforceme
             6. the target follows: φ' ← φ' + τ (φ − φ')
         7. log, evaluate, save
 
-The expectations in y, H and `resample` are sums over all Discrete actions, or means over num_samples draws.
+The expectations are sums over all actions if Discrete, means over num_samples draws for a Box.
 
 The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in the actor's step, is wrong
 twice. r and s' belong to the action of β, the mixture of all earlier policies: V becomes its value. And
-∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q, which is told the action, puts the first right; a
+∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q, told a, with a' ~ π in y, puts the first right; a
 fresh action, or the weight π/β, the second. The states remain β's, and ∇Q^π is left out (theorem 1).
 
 Beyond the paper: Q has a target, instead of gradient-TD; a Box has a = tanh(u), and the buffer holds u, so
@@ -67,7 +67,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps, over all environments
     num_envs: int = 4  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -157,7 +157,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self, squash: bool = True):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. A Box: tanh(u), or u itself."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Box: tanh(u) if squash, else u."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
@@ -178,7 +178,7 @@ def log_slope(u: Tensor) -> Tensor:
 
 
 def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (1 − terminated) V(s'), all (B,); a time limit is not the end of the task."""
+    """y = r + γ (1 − terminated) V(s'), all (B,) floats; a time limit is not the end of the task."""
     assert rewards.shape == terminated.shape == next_values.shape
     return rewards + gamma * (1 - terminated) * next_values
 
@@ -198,7 +198,7 @@ def score_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
 
 
 def importance_loss(logratio: Tensor, advantages: Tensor) -> Tensor:
-    """−mean ρ A, ρ = π(a|s) / β(a|s) = exp(logratio), (B,): minus its gradient is that of Degris et al."""
+    """−mean ρ A, ρ = π/β = exp(logratio), (B,), a ~ β: minus its gradient is mean ρ ∇log π A (Degris)."""
     assert logratio.shape == advantages.shape
     return -(logratio.exp() * advantages.detach()).mean()
 
@@ -223,7 +223,7 @@ def q_loss(agent, obs, actions, rewards, next_obs, terminated, noise, gamma: flo
 
 
 def policy_loss(agent, obs, actions, behaviour_logprobs, noise, actor_update, ent_coef) -> tuple:
-    """The loss of the chosen kind − ent_coef H, and what to log."""
+    """The loss of the chosen kind − ent_coef H, and what to log; rows (B, ...), noise (K, B, action_dim)."""
     if agent.discrete:
         (logprobs,) = agent.distribution(obs)
         entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
@@ -477,7 +477,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -495,7 +495,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -509,7 +509,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

@@ -54,7 +54,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps, over all environments
     num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -121,7 +121,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
@@ -134,7 +134,7 @@ class Agent(nn.Module):
 
 
 def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N).
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16), all (T, N), terminated and dones bool.
 
     δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t),  A_t = δ_t + γ λ (1 − done_t) A_{t+1}.
     A time limit or the batch's end cuts the sum, but the last δ looks ahead; nothing comes after termination.
@@ -201,8 +201,8 @@ def train(args: Args) -> dict[str, float]:
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         run.start(args, envs, agent=agent, return_norm=return_norm, optimizer=optimizer)
 
-        def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            return flat_gradient(*ppo_loss(agent, *batch, args), params, args.max_grad_norm)
+        def gradient(*minibatch: Tensor) -> tuple[Tensor, Tensor]:
+            return flat_gradient(*ppo_loss(agent, *minibatch, args), params, args.max_grad_norm)
 
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
@@ -378,7 +378,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -396,7 +396,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -410,7 +410,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted

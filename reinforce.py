@@ -63,7 +63,7 @@ class Args:
     total_timesteps: int = 200_000  # environment steps, over all environments
     num_envs: int = 8  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
-    num_threads: int = 1  # of PyTorch on the CPU
+    num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
     compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
@@ -78,7 +78,7 @@ class Args:
     update_epochs: int = 1  # steps on each batch
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # from the second step on
     learning_rate: float = 2e-3  # Adam's step size for the policy
-    anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
+    anneal_lr: bool = True  # lower learning_rate linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of V on each batch
@@ -128,7 +128,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. NumPy takes 9 µs, PyTorch 43."""
+        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
 
@@ -153,13 +153,14 @@ def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: s
     steps = torch.arange(len(rewards), dtype=rewards.dtype, device=rewards.device).unsqueeze(1)
     discount = gamma**steps if discount_from == "start" else torch.ones_like(steps)
     weights = discount * rewards_to_go(rewards, gamma)
-    if weight == "trajectory":  # and the rewards before t, which add variance: no action changes them
+    if weight == "trajectory":  # and the rewards before t, which add variance: a_t cannot change them
         weights = weights + (discount * rewards).cumsum(0) - discount * rewards
     return weights, discount
 
 
 def leave_one_out(x: Tensor) -> Tensor:
-    """Σ_{j≠i} x_j over the last axis, the episodes; in float64, so that equal episodes have advantages 0."""
+    """Σ_{j≠i} x_j over the last axis, the episodes; i's own rewards would bias a baseline of i."""
+    # in float64: with the baseline `time`, equal episodes have advantages of exactly 0
     return x.double() @ (1 - torch.eye(x.shape[-1], dtype=torch.double, device=x.device))
 
 
@@ -211,7 +212,7 @@ def pseudo_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
 
 
 def reinforce_loss(agent, obs, actions, old_logprobs, advantages, mask, importance) -> tuple[Tensor, list]:
-    """The pseudo-loss of masked episodes under the policy as it is now, and the first METRICS."""
+    """The pseudo-loss of the steps in `mask`, all (T, N), under the present policy, and the first METRICS."""
     logprobs, entropy = agent.policy(obs, actions)
     logratio = (logprobs - old_logprobs) * mask
     policy_loss = pseudo_loss(logprobs, importance_weights(logratio, importance) * advantages * mask)
@@ -323,7 +324,8 @@ def train(args: Args) -> dict[str, float]:
             weights, discount = episode_weights(rewards, args.gamma, args.weight, args.discount_from)
 
             # 4. minus a baseline
-            advantages, metrics = weights, {"charts/discounted_return": returns[0].mean()}
+            advantages = weights
+            metrics = {"charts/discounted_return": returns[0].mean()}
             if args.baseline == "average":
                 advantages = weights - average_baseline(weights, mask)
             elif args.baseline == "optimal":
@@ -479,7 +481,7 @@ class Envs:
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # more means: none
+            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
             low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
@@ -497,7 +499,7 @@ class Envs:
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
 
     def step(self, actions, running=None):
-        """Returns rewards, successors, terminated, dones, discounted returns; copies not `running` wait."""
+        """Returns rewards (0 for copies not `running`), successors, terminated, dones, discounted returns."""
         if self.discrete:
             actions = actions + self.space.start
         else:
@@ -511,7 +513,8 @@ class Envs:
         copies = range(len(self.envs)) if running is None else np.flatnonzero(running)
         self.steps += len(copies)
         for i in copies:
-            obs, reward, ended, truncated, _ = self.envs[i].step(actions[i])
+            action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
+            obs, reward, ended, truncated, _ = self.envs[i].step(action)
             next_obs[i], reward = self.row(obs), np.asarray(reward).item()
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
