@@ -20,7 +20,9 @@ white, or an Ornstein-Uhlenbeck process (noise_correlation) that begins anew wit
 
 Beyond the papers: Q sees the action in its first layer; neither weight decay nor batch normalisation; the
 first actions are uniform; white noise is the default (Fujimoto et al. 2018); observations and rewards are
-normalised by default.
+normalised by default. With lookahead n > 1, y = r_t + ... + γ^(n−1) r_{t+n−1} + γ^n Q'(s_{t+n}, μ'): the
+errors of Q that the actor looks for then weigh less, but older policies took the actions after the first
+(Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy Gradients", arXiv 1804.08617).
 
 Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
 
@@ -78,6 +80,7 @@ class Args:
     q_learning_rate: float = 1e-3  # Adam's step size for Q
     anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
+    lookahead: int = 1  # n: rewards in y before Q' stands for the rest
     tau: float = 0.05  # how far the targets move in each update
     exploration_noise: float = 0.1  # deviation of the noise, where the bounds of actions are ±1
     noise_correlation: float = 0.0  # of a step's noise with the next one's; 0: white, else Ornstein-Uhlenbeck
@@ -130,18 +133,36 @@ class Agent(nn.Module):
         return act
 
 
-def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (1 − terminated) V(s'), all (B,) floats; a time limit is not the end of the task."""
-    assert rewards.shape == terminated.shape == next_values.shape
-    return rewards + gamma * (1 - terminated) * next_values
+def n_step_rows(queues, starts, taken, rewards, next_obs, terminated, dones, n: int, gamma: float) -> list:
+    """Finished rows (*taken_t, r_t + γ r_{t+1} + ... + γ^(n−1) r_{t+n−1}, s_{t+n}, γ^n (1 − terminated)).
+
+    The queue of an environment keeps the steps that wait for later rewards; at an episode's end n is what is
+    left of it.
+    """
+    rows = []
+    for i, queue in enumerate(queues):
+        if starts[i]:  # a checkpoint cut the last episode
+            queue.clear()
+        queue.append((*(x[i] for x in taken), rewards[i]))
+        while queue and (len(queue) == n or dones[i]):
+            total = sum(gamma**k * reward for k, (*_, reward) in enumerate(queue))
+            discount = gamma ** len(queue) * (not terminated[i])
+            rows.append((*queue.pop(0)[:-1], total, next_obs[i], discount))
+    return rows
 
 
-def q_loss(agent, obs, actions, rewards, next_obs, terminated, gamma: float) -> tuple[Tensor, list]:
+def q_targets(rewards: Tensor, discounts: Tensor, next_values: Tensor) -> Tensor:
+    """y = r + γ^n (1 − terminated) V(s'), all (B,), as `n_step_rows` has them; a time limit ends no task."""
+    assert rewards.shape == discounts.shape == next_values.shape
+    return rewards + discounts * next_values
+
+
+def q_loss(agent: Agent, obs, actions, rewards, next_obs, discounts) -> tuple[Tensor, list]:
     """mean (Q(s, a) − y)² over a batch of transitions (DDPG's L), and what to log."""
     with torch.no_grad():
         next_actions = agent.action(next_obs, agent.target_actor)
         next_values = agent.q_values(next_obs, next_actions, agent.target_critic)
-        targets = q_targets(rewards, terminated, next_values, gamma)
+        targets = q_targets(rewards, discounts, next_values)
     q_values = agent.q_values(obs, actions, agent.critic)
     assert q_values.shape == targets.shape
     loss = nn.functional.mse_loss(q_values, targets)
@@ -228,7 +249,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
+            return flat_gradient(*q_loss(agent, *batch), critic_params, args.max_grad_norm)
 
         def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
             return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
@@ -238,6 +259,7 @@ def train(args: Args) -> dict[str, float]:
             gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
             critic_gradient = torch.compile(critic_gradient, mode="reduce-overhead")
 
+        queues = [[] for _ in range(args.num_envs)]
         noise = torch.zeros(args.num_envs, envs.action_dim)
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rates
@@ -253,8 +275,9 @@ def train(args: Args) -> dict[str, float]:
             actions = agent.in_numpy()(obs, noise.numpy())
             if buffer.count < args.learning_starts:
                 actions = 2 * torch.rand_like(noise).numpy() - 1
-            rewards, next_obs, terminated, _, discounted_returns = envs.step(actions)
-            buffer.add(obs, actions, rewards, next_obs, terminated)
+            *stepped, discounted_returns = envs.step(actions)
+            if rows := n_step_rows(queues, starts, (obs, actions), *stepped, args.lookahead, args.gamma):
+                buffer.add(*map(np.array, zip(*rows, strict=True)))
             if args.normalize_obs:
                 agent.obs_norm.update(torch.from_numpy(obs).to(device), left)
             if args.normalize_rewards:
@@ -263,11 +286,11 @@ def train(args: Args) -> dict[str, float]:
             metrics = []
             for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
                 # 3. draw a batch
-                obs, actions, rewards, next_obs, terminated = buffer.sample(args.batch_size)
-                rewards, terminated = rewards[:, 0] * return_norm.scale, terminated[:, 0]
+                obs, actions, rewards, next_obs, discounts = buffer.sample(args.batch_size)
+                rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
 
                 # 4. the critic's step
-                batch = obs, actions, rewards, next_obs, terminated
+                batch = obs, actions, rewards, next_obs, discounts
                 critic_flat.grad, critic_metrics = critic_gradient(*batch)
                 critic_metrics = critic_metrics.clone()  # the actor's CUDA graph would overwrite them
                 critic_optimizer.step()

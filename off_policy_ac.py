@@ -25,7 +25,9 @@ fresh action, or the weight π/β, the second. The states remain β's, and ∇Q^
 
 Beyond the paper: Q has a target, instead of gradient-TD; a Box has a = tanh(u), and the buffer holds u, so
 that tanh's slope cancels in π/β; observations and rewards are normalised by default (where all Q are near
-100, a policy is deterministic before Q can tell them apart).
+100, a policy is deterministic before Q can tell them apart). With lookahead n > 1, y has n rewards before
+γ^n Q': the errors of Q that the actor looks for then weigh less, but older policies took the actions after
+the first (Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy Gradients", 1804.08617).
 
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
@@ -85,6 +87,7 @@ class Args:
     q_learning_rate: float = 1e-3  # Adam's step size for Q
     anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
+    lookahead: int = 1  # n: rewards in y before Q' stands for the rest
     tau: float = 0.05  # how far the targets move in each update
     actor_update: Literal["resample", "reparameterized", "importance"] = "resample"  # fresh a, dQ/da, stored
     num_samples: int = 8  # fresh actions for each state where an expectation over a Box is estimated
@@ -177,10 +180,28 @@ def log_slope(u: Tensor) -> Tensor:
     return 2 * (math.log(2) - u - nn.functional.softplus(-2 * u)).sum(-1)
 
 
-def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (1 − terminated) V(s'), all (B,) floats; a time limit is not the end of the task."""
-    assert rewards.shape == terminated.shape == next_values.shape
-    return rewards + gamma * (1 - terminated) * next_values
+def n_step_rows(queues, starts, taken, rewards, next_obs, terminated, dones, n: int, gamma: float) -> list:
+    """Finished rows (*taken_t, r_t + γ r_{t+1} + ... + γ^(n−1) r_{t+n−1}, s_{t+n}, γ^n (1 − terminated)).
+
+    The queue of an environment keeps the steps that wait for later rewards; at an episode's end n is what is
+    left of it.
+    """
+    rows = []
+    for i, queue in enumerate(queues):
+        if starts[i]:  # a checkpoint cut the last episode
+            queue.clear()
+        queue.append((*(x[i] for x in taken), rewards[i]))
+        while queue and (len(queue) == n or dones[i]):
+            total = sum(gamma**k * reward for k, (*_, reward) in enumerate(queue))
+            discount = gamma ** len(queue) * (not terminated[i])
+            rows.append((*queue.pop(0)[:-1], total, next_obs[i], discount))
+    return rows
+
+
+def q_targets(rewards: Tensor, discounts: Tensor, next_values: Tensor) -> Tensor:
+    """y = r + γ^n (1 − terminated) V(s'), all (B,), as `n_step_rows` has them; a time limit ends no task."""
+    assert rewards.shape == discounts.shape == next_values.shape
+    return rewards + discounts * next_values
 
 
 def exact_loss(logprobs: Tensor, q_values: Tensor) -> Tensor:
@@ -211,11 +232,11 @@ def expected_values(agent: Agent, critic: nn.Module, obs: Tensor, noise: Tensor)
     return agent.q_values(obs, mean + log_std.exp() * noise, critic).mean(0)
 
 
-def q_loss(agent, obs, actions, rewards, next_obs, terminated, noise, gamma: float) -> tuple[Tensor, list]:
+def q_loss(agent: Agent, obs, actions, rewards, next_obs, discounts, noise) -> tuple[Tensor, list]:
     """mean (Q(s, a) − y)² over a batch of transitions, and what to log."""
     with torch.no_grad():
         next_values = expected_values(agent, agent.target_critic, next_obs, noise)
-        targets = q_targets(rewards, terminated, next_values, gamma)
+        targets = q_targets(rewards, discounts, next_values)
     q_values = agent.q_values(obs, actions, agent.critic)
     assert q_values.shape == targets.shape
     loss = nn.functional.mse_loss(q_values, targets)
@@ -306,12 +327,12 @@ def train(args: Args) -> dict[str, float]:
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, fused=True)
         critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate, fused=True)
         action_width = 1 if envs.discrete else envs.action_dim
-        buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, action_width, 1, envs.obs_dim, 1, 1], device)
+        buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, action_width, 1, 1, envs.obs_dim, 1], device)
         optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
-            return flat_gradient(*q_loss(agent, *batch, args.gamma), critic_params, args.max_grad_norm)
+            return flat_gradient(*q_loss(agent, *batch), critic_params, args.max_grad_norm)
 
         def gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
             loss, metrics = policy_loss(agent, *batch, args.actor_update, args.ent_coef)
@@ -322,6 +343,7 @@ def train(args: Args) -> dict[str, float]:
             gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
             critic_gradient = torch.compile(critic_gradient, mode="reduce-overhead")
 
+        queues = [[] for _ in range(args.num_envs)]
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rates
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
@@ -329,7 +351,7 @@ def train(args: Args) -> dict[str, float]:
             critic_optimizer.param_groups[0]["lr"] = left * args.q_learning_rate
 
             # 2. act and store
-            obs = envs.obs
+            obs, starts = envs.obs, [length == 0 for _, length, _ in envs.episodes]
             actions = agent.in_numpy(squash=False)(obs, agent.noise(args.num_envs))
             behaviour_logprobs = np.zeros(args.num_envs)
             if args.actor_update == "importance":
@@ -337,8 +359,10 @@ def train(args: Args) -> dict[str, float]:
                     behaviour = [torch.from_numpy(x).to(device) for x in (obs, actions)]
                     behaviour_logprobs = agent.logprobs(*behaviour).cpu().numpy()
             taken = actions if envs.discrete else np.tanh(actions)
-            rewards, next_obs, terminated, _, discounted_returns = envs.step(taken)
-            buffer.add(obs, actions, rewards, next_obs, terminated, behaviour_logprobs)
+            *stepped, discounted_returns = envs.step(taken)
+            taken = obs, actions, behaviour_logprobs
+            if rows := n_step_rows(queues, starts, taken, *stepped, args.lookahead, args.gamma):
+                buffer.add(*map(np.array, zip(*rows, strict=True)))
             if args.normalize_obs:
                 agent.obs_norm.update(torch.from_numpy(obs).to(device), left)
             if args.normalize_rewards:
@@ -347,13 +371,13 @@ def train(args: Args) -> dict[str, float]:
             metrics = []
             for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
                 # 3. draw a batch
-                obs, actions, rewards, next_obs, terminated, logprobs = buffer.sample(args.batch_size)
-                rewards, terminated = rewards[:, 0] * return_norm.scale, terminated[:, 0]
+                obs, actions, logprobs, rewards, next_obs, discounts = buffer.sample(args.batch_size)
+                rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
                 actions = actions[:, 0].long() if envs.discrete else actions
                 noises = torch.randn(2, args.num_samples, args.batch_size, envs.action_dim).to(device)
 
                 # 4. the critic's step
-                batch = obs, actions, rewards, next_obs, terminated, noises[0]
+                batch = obs, actions, rewards, next_obs, discounts, noises[0]
                 critic_flat.grad, critic_metrics = critic_gradient(*batch)
                 critic_metrics = critic_metrics.clone()  # the actor's CUDA graph would overwrite them
                 critic_optimizer.step()

@@ -120,11 +120,11 @@ def test_losses_by_hand_are_means_and_each_trains_its_own_network():
             y += GAMMA * agent.target_critic(torch.cat([s, agent.target_actor(s).tanh()])).item()
         q_values.append(agent.critic(torch.cat([norm(raw[i]), actions[i]]))[0])
         expected = expected + (q_values[i] - y) ** 2 / 6
-    loss, metrics = ddpg.q_loss(agent, raw, actions, rewards, after, terminated, GAMMA)
+    loss, metrics = ddpg.q_loss(agent, raw, actions, rewards, after, GAMMA * (1 - terminated))
     same(agent, "critic", loss, expected)
     close(torch.stack(metrics), torch.stack([expected, sum(q_values) / 6]))
     with pytest.raises(AssertionError):
-        ddpg.q_targets(rewards, terminated, rewards.unsqueeze(-1), GAMMA)
+        ddpg.q_targets(rewards, terminated, rewards.unsqueeze(-1))
     expected = -sum(agent.critic(torch.cat([norm(s), agent.actor(norm(s)).tanh()]))[0] for s in raw) / 6
     loss, (metric,) = ddpg.policy_loss(agent, raw)
     same(agent, "actor", loss, expected, reached="critic")

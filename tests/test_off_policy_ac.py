@@ -32,7 +32,7 @@ TRUE_V, TRUE_Q = TIMED.values(PI, GAMMA)
 OTHER_Q = TRUE_Q + torch.linspace(-2, 3, 18, dtype=torch.float64).sin().reshape(3, 3, 2)
 BATCH = TIMED.batch()
 ROWS, OBS, ACTIONS, REWARDS, NEXT_OBS, _, TERMINATED, _ = (x[BATCH.mask] for x in BATCH)  # all transitions
-TERMINATED, NOISE = TERMINATED.double(), torch.zeros(1, 1, A)
+DISCOUNTS, NOISE = GAMMA * (1 - TERMINATED.double()), torch.zeros(1, 1, A)
 NODES, WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(80))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()  # E f(ε) = Σ w f(node), ε ~ N(0, 1)
 KINDS = ["q_loss", "resample", "importance", "reparameterized"]
@@ -98,19 +98,19 @@ def test_the_naive_critic_learns_the_value_of_another_policy():
     beta_v, visited = TIMED.values(BETA, GAMMA)[0], TIMED.occupancy(BETA).flatten() > 0
     weights = TIMED.probabilities(BETA).expand(len(BATCH.mask), -1)[BATCH.mask]
     for rows, values, fixed in ((ROWS, beta_v, beta_v[:3]), (A * ROWS + ACTIONS, TRUE_V, TRUE_Q)):
-        targets = q_targets(REWARDS, TERMINATED, NEXT_OBS @ values.flatten(), GAMMA)
+        targets = q_targets(REWARDS, DISCOUNTS, NEXT_OBS @ values.flatten())
         sums = torch.zeros(2, 18).double().index_add(1, rows, torch.stack([weights * targets, weights]))
         means = (sums[0] / sums[1])[: fixed.numel()].reshape(9, -1)
         close(means[visited], fixed.reshape(9, -1)[visited])
     assert (beta_v - TRUE_V)[:3].abs().max() > 0.3
     with pytest.raises(AssertionError):
-        q_targets(REWARDS, TERMINATED, REWARDS.unsqueeze(-1), GAMMA)
+        q_targets(REWARDS, DISCOUNTS, REWARDS.unsqueeze(-1))
 
 
 def test_the_expected_step_of_the_critic():
     """2 Σ d^β β (Q − T^π Q') at each (t, s, a): Q' is 0 after termination and itself after the time limit."""
-    agent, columns = tabular_agent(TRUE_Q), (OBS, ACTIONS, REWARDS, NEXT_OBS, TERMINATED)
-    loss = lambda i: q_loss(agent, *(x[i] for x in columns), NOISE, GAMMA)  # noqa: E731
+    agent, columns = tabular_agent(TRUE_Q), (OBS, ACTIONS, REWARDS, NEXT_OBS, DISCOUNTS)
+    loss = lambda i: q_loss(agent, *(x[i] for x in columns), NOISE)  # noqa: E731
     gradient = expectation(BETA, agent.critic, loss)
     next_values = (PI * table(OTHER_Q, 1.7)).sum(-1).reshape(4, S)[1:]
     backup = (TRANSITION * REWARD).sum(-1) + GAMMA * torch.einsum("san,tn->tsa", CONTINUES, next_values)
@@ -248,7 +248,7 @@ def test_losses_against_torch_distributions_row_by_row(discrete, kind):
         losses.append(torch.stack(reference(agent, kind, s[i], actions[i], rest, noise[:, i])))
     expected, entropy = torch.stack(losses).mean(0)
     if kind == "q_loss":
-        loss, metrics = q_loss(agent, obs, actions, rewards, next_obs, terminated, noise, GAMMA)
+        loss, metrics = q_loss(agent, obs, actions, rewards, next_obs, GAMMA * (1 - terminated), noise)
         same(agent, "critic", loss, expected)
         close(metrics[0], expected)
     else:
@@ -312,7 +312,8 @@ def second_road(script, args, agent, calls):
         turn = args.num_updates if N * (t + 1) >= args.learning_starts else 0
         update = ["sample", "q_loss", "policy_loss"] * turn
         assert [name for name, *_ in calls[begin + 1 : end]] == ["step", "add", *update]
-        assert all(map(np.array_equal, (added[0], *added[2:5]), (obs, *step[:3])))  # r, s', terminated
+        rewards, next_obs, terminated = step[:3]
+        assert all(map(np.array_equal, (added[0], *added[-3:]), (obs, rewards, next_obs, GAMMA * ~terminated)))
         x, taken = torch.from_numpy(obs), torch.as_tensor(added[1])
         if script is ddpg:
             assert (given[1].numpy() == first).all()
@@ -328,7 +329,7 @@ def second_road(script, args, agent, calls):
         if script is off_policy_ac or N * t >= args.learning_starts:
             close(taken, policy, 1e-5)
         if script is off_policy_ac:
-            close(added[5], agent.logprobs(x, taken) * (args.actor_update == "importance"), 1e-5)
+            close(added[2], agent.logprobs(x, taken) * (args.actor_update == "importance"), 1e-5)
         first = step[3] | (N * (t + 1) // every > N * t // every)
         left = 1 - args.anneal_lr * N * t / args.total_timesteps
         agent.obs_norm.update(x, left)
@@ -337,9 +338,9 @@ def second_road(script, args, agent, calls):
         rates = left * args.q_learning_rate, left * args.learning_rate
         for k in range(0, len(updates), 3):
             columns, moments = updates[k][2], []
-            columns[2] = columns[2] * return_norm.scale
+            columns[-3] = columns[-3] * return_norm.scale
             for (kind, given, _, _), name, rate in zip(updates[k + 1 : k + 3], adams, rates, strict=True):
-                wanted = columns[:5] if name == "critic" else [columns[0], columns[1], columns[-1]]
+                wanted = columns[:3] if name == "actor" else [*columns[:2], *columns[-3:]]
                 for one, other in zip([x for x in given if torch.is_tensor(x)], wanted, strict=False):
                     close(one, other.view(one.shape), 1e-6)
                 loss, logged = getattr(script, kind)(agent, *given[1:])
@@ -363,6 +364,29 @@ def test_the_first_actions_of_ddpg_are_uniform():
     shares = [np.histogram(column, 4, (-1, 1))[0] / 800 for column in actions.T]
     close(shares, np.full((2, 4), 0.25), 0.06)
     close(np.corrcoef(actions.T), np.eye(2), 0.12)
+
+
+@pytest.mark.parametrize("script", [ddpg, off_policy_ac])
+def test_rows_of_several_rewards(script):
+    """Three, or what is left of an episode; a row whose rewards a checkpoint cuts off is never stored."""
+    flags = {"lookahead": 3, "checkpoint_every": 14, "learning_starts": 900, "total_timesteps": 240}
+    *_, calls, saved, _ = run(script, **flags)
+    steps, expected = [(obs, *step) for name, _, step, obs in calls if name == "step"], []
+    for i in range(2):
+        episode = []
+        for t, (obs, rewards, next_obs, terminated, dones, _) in enumerate(steps, 1):
+            episode.append((obs[i], float(rewards[i]), next_obs[i], GAMMA * (1 - terminated[i])))
+            if dones[i] or t % 7 == 0:
+                for k in range(len(episode) if dones[i] else len(episode) - 2):
+                    some = episode[k : k + 3]
+                    total = some[0][1] + GAMMA * sum(x[1] for x in some[1:2]) + GAMMA**2 * sum(x[1] for x in some[2:])
+                    expected.append([*some[0][0], total, *some[-1][2], GAMMA ** (len(some) - 1) * some[-1][3]])
+                episode = []
+    assert len({row[-1] for row in expected}) == 4  # 0, γ, γ², γ³
+    assert len(expected) < 240
+    width, rows = len(obs[0]), saved["buffer"]["rows"].tolist()
+    stored = [[*row[:width], *row[-width - 2 :]] for row in rows]
+    close(sorted(stored), sorted(expected), 1e-5)
 
 
 RUNS = [
