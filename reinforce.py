@@ -437,9 +437,10 @@ def fail(sentence, status=2):
 def check_ranges(args):
     """Raises ValueError for the first number that is out of its flag's range."""
     for name, field in args.__dataclass_fields__.items():
-        value, most = getattr(args, name), 1 if name in ("gamma", "gae_lambda") else 2**31 - 1
+        most = {"gamma": 1, "gae_lambda": 1, "hidden_size": 10_000}.get(name, 2**31 - 1)
         least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
         least = -100 if name == "log_std_init" else int(least)
+        value = getattr(args, name)
         if not isinstance(value, str) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
 

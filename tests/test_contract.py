@@ -374,7 +374,8 @@ def test_bad_input_is_refused_in_one_sentence(name):
     for field in fields(args):
         least = 1 - field.name.startswith(("seed", "max_episode", "checkpoint", "eval"))
         numbers = {int: [-1, least - 1], float: [math.nan, math.inf, -1.0]}.get(field.type, [])
-        for number in numbers + [1.001] * (field.name in ("gamma", "gae_lambda")):
+        numbers += {"gamma": [1.001], "gae_lambda": [1.001], "hidden_size": [10_001]}.get(field.name, [])
+        for number in numbers:
             if field.name != "log_std_init" or number != -1.0:
                 with pytest.raises(ValueError, match=field.name.replace("_", "-")):
                     args(**{field.name: number})
