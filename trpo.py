@@ -31,8 +31,8 @@ Compare with npg.py, which takes the step unchecked, and ppo.py, which clips ρ 
 
     python trpo.py
     python trpo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
-        --num-minibatches 16 --critic-learning-rate 1e-3 --max-kl 0.03 --damping 0.6 --no-anneal-lr \
-        --log-std-init -0.5 --normalize-obs
+        --num-minibatches 16 --critic-learning-rate 1e-3 --max-kl 0.1 --damping 0.6 --log-std-init -0.5 \
+        --normalize-obs
 """
 
 import math
