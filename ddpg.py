@@ -30,7 +30,7 @@ Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --learning-starts 25000 \
         --hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs \
         --no-normalize-rewards --compile
-    (robots that can fall: --lookahead 5 --hidden-size 128 --batch-size 128, and the rates annealed)
+    (if robots can fall: --lookahead 5 --hidden-size 128 --batch-size 128 --learning-starts 10000, annealed)
 """
 
 import math

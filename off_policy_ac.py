@@ -36,7 +36,7 @@ Compare with ddpg.py: the policy has no noise of its own there, and Q leads it a
         --learning-starts 25000 --hidden-size 256 --batch-size 256 --learning-rate 1e-3 --tau 0.005 \
         --actor-update reparameterized --num-samples 1 --ent-coef 0.1 --no-anneal-lr --no-normalize-obs \
         --no-normalize-rewards --compile
-    (robots that can fall: --lookahead 5 --hidden-size 128 --batch-size 128, and the rates annealed)
+    (if robots can fall: --lookahead 5 --hidden-size 128 --batch-size 128 --learning-starts 10000, annealed)
 """
 
 import math
