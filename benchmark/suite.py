@@ -68,7 +68,7 @@ REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compi
 FLAGS = {
     **{(script, env): flags for script, flags in CONTINUOUS.items() for env in ("Pendulum-v1", *MUJOCO)},
     # Solved early, the pole hardly moves: normalised inputs grow without end, and late in the run the policy falls
-    ("npg", "InvertedPendulum-v5"): NPG.replace(" --normalize-obs", ""),
+    **{(x, "InvertedPendulum-v5"): CONTINUOUS[x].replace(" --normalize-obs", "") for x in ("npg", "trpo")},
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3 "
         "--no-normalize-rewards"
