@@ -122,6 +122,11 @@ class Agent(nn.Module):
         """Q(s, a), (...), of the critic or its target."""
         return critic(torch.cat([self.obs_norm(obs), actions], -1)).squeeze(-1)
 
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """μ + noise, within ±1, (N, action_dim), on the agent's device."""
+        return (self.action(obs, self.actor) + noise).clamp(-1, 1)
+
     def in_numpy(self):
         """Returns act(obs, noise), valid until an update; noise 0: greedy. It is μ + noise, within ±1."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
@@ -176,14 +181,14 @@ def policy_loss(agent: Agent, obs: Tensor) -> tuple[Tensor, list]:
     return loss, [loss]
 
 
-def next_noise(noise: Tensor, starts: Tensor, draw: Tensor, deviation: float, correlation: float) -> Tensor:
+def next_noise(noise, starts, draw, deviation: float, correlation: float) -> np.ndarray:
     """n ← c n + σ √(1 − c²) ε, (N, action_dim), ε ~ N(0, 1); c = 0 where an episode begins (starts, (N,)).
 
     A process of deviation σ at all times: white for c = 0, else Ornstein and Uhlenbeck's at whole steps,
     with c = e^−θ. The θ = 0.15 and σ = 0.2 of Lillicrap et al. are correlation 0.86 and deviation 0.37.
     """
-    c = correlation * ~starts.unsqueeze(-1)
-    return c * noise + deviation * (1 - c**2).sqrt() * draw
+    c = np.where(starts, 0, correlation).astype(np.float32)[:, None]
+    return c * noise + deviation * np.sqrt(1 - c**2) * draw
 
 
 def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -191,6 +196,27 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
     grad = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)])
     metrics = torch.stack([x.detach() for x in (*metrics, grad.norm())])
     return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
+
+
+def replayed(function):
+    """Returns function(*inputs) as a CUDA graph: from call 4 on the GPU repeats it after a single launch."""
+    graph, calls, held, output = torch.cuda.CUDAGraph(), 0, [], None
+
+    def replay(*inputs):  # arrays, tensors and numbers; the graph reads and writes at fixed addresses
+        nonlocal calls, held, output
+        calls += 1
+        held = held or [torch.as_tensor(x).to("cuda") for x in inputs]
+        for x, new in zip(held, inputs, strict=True):
+            x.fill_(new) if isinstance(new, float) else x.copy_(torch.as_tensor(new))
+        if calls < 4:  # PyTorch makes what it needs
+            return function(*held)
+        if calls == 4:
+            with torch.cuda.graph(graph):  # runs nothing
+                output = function(*held)
+        graph.replay()
+        return output.clone()
+
+    return replay
 
 
 class ReplayBuffer:
@@ -207,15 +233,19 @@ class ReplayBuffer:
     def add(self, *columns: np.ndarray) -> None:
         """Appends N transitions, columns (N, ...); the oldest ones make room."""
         rows = np.concatenate([x.reshape(len(x), -1) for x in columns], 1, dtype=np.float32)
-        self.count += len(rows)
-        rows = torch.from_numpy(rows[-len(self.rows) :]).to(self.rows.device)
-        where = torch.arange(self.count - len(rows), self.count, device=self.rows.device) % len(self.rows)
-        self.rows[where] = rows
+        while len(rows):  # up to the last row, then on from the first
+            begin = self.count % len(self.rows)
+            part, rows = np.split(rows, [len(self.rows) - begin])
+            self.rows[begin : begin + len(part)] = torch.from_numpy(part)
+            self.count += len(part)
 
-    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The columns of a batch, drawn uniformly, with replacement."""
-        index = torch.randint(min(self.count, len(self.rows)), (batch_size,)).to(self.rows.device)
-        return self.rows.index_select(0, index).split(self.widths, 1)
+    def draw(self, batch_size: int) -> Tensor:
+        """The row numbers of a batch, drawn uniformly, with replacement."""
+        return torch.randint(min(self.count, len(self.rows)), (batch_size,))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The columns of these rows."""
+        return self.rows.index_select(0, index.to(self.rows.device)).split(self.widths, 1)
 
     def state_dict(self) -> dict:
         return {"count": self.count, "rows": self.rows[: self.count].clone()}  # what was filled
@@ -255,27 +285,51 @@ def train(args: Args) -> dict[str, float]:
         def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
             return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
 
+        def update(index: Tensor, learning_rate: float, q_learning_rate: float) -> Tensor:
+            # 3. the batch of these rows, and the learning rates
+            optimizer.param_groups[0]["lr"] = learning_rate
+            critic_optimizer.param_groups[0]["lr"] = q_learning_rate
+            obs, actions, rewards, next_obs, discounts = buffer.batch(index)
+            rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
+
+            # 4. the critic's step
+            critic_flat.grad, critic_metrics = critic_gradient(obs, actions, rewards, next_obs, discounts)
+            critic_optimizer.step()
+
+            # 5. the actor's step
+            flat.grad, actor_metrics = gradient(obs)
+            optimizer.step()
+
+            # 6. the targets follow
+            target_critic.data.lerp_(critic_flat.data, args.tau)
+            target_actor.data.lerp_(flat.data, args.tau)
+            return torch.cat([critic_metrics, actor_metrics])
+
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
-            gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
-            critic_gradient = torch.compile(critic_gradient, mode="reduce-overhead")
+            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
+        graph = args.compile and flat.is_cuda
+        for each in optimizers.values():  # also if a checkpoint of another device says otherwise
+            each.param_groups[0].update(fused=not graph, capturable=graph)
+        if graph:
+            torch.cuda.set_device(flat.device)
+            update, act = replayed(update), replayed(agent.act)
 
         queues = [[] for _ in range(args.num_envs)]
-        noise = torch.zeros(args.num_envs, envs.action_dim)
+        noise = np.zeros((args.num_envs, envs.action_dim), np.float32)
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rates
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = left * args.learning_rate
-            critic_optimizer.param_groups[0]["lr"] = left * args.q_learning_rate
+            learning_rates = left * args.learning_rate, left * args.q_learning_rate
 
             # 2. act and store
             obs = envs.obs
-            starts = torch.tensor([length == 0 for _, length, _ in envs.episodes])
-            kind = args.exploration_noise, args.noise_correlation
-            noise = next_noise(noise, starts, torch.randn_like(noise), *kind)
-            actions = agent.in_numpy()(obs, noise.numpy())
+            starts = [length == 0 for _, length, _ in envs.episodes]
+            draw = torch.randn(noise.shape).numpy()
+            noise = next_noise(noise, starts, draw, args.exploration_noise, args.noise_correlation)
+            actions = act(obs, noise).cpu().numpy() if graph else agent.in_numpy()(obs, noise)
             if buffer.count < args.learning_starts:
-                actions = 2 * torch.rand_like(noise).numpy() - 1
+                actions = 2 * torch.rand(noise.shape).numpy() - 1
             *stepped, discounted_returns = envs.step(actions)
             if rows := n_step_rows(queues, starts, (obs, actions), *stepped, args.lookahead, args.gamma):
                 buffer.add(*map(np.array, zip(*rows, strict=True)))
@@ -284,30 +338,12 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_rewards:
                 return_norm.update(torch.from_numpy(discounted_returns).to(device))
 
-            metrics = []
-            for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
-                # 3. draw a batch
-                obs, actions, rewards, next_obs, discounts = buffer.sample(args.batch_size)
-                rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
-
-                # 4. the critic's step
-                batch = obs, actions, rewards, next_obs, discounts
-                critic_flat.grad, critic_metrics = critic_gradient(*batch)
-                critic_metrics = critic_metrics.clone()  # the actor's CUDA graph would overwrite them
-                critic_optimizer.step()
-
-                # 5. the actor's step
-                flat.grad, actor_metrics = gradient(obs)
-                optimizer.step()
-                metrics.append(torch.cat([critic_metrics, actor_metrics]))
-
-                # 6. the targets follow
-                target_critic.data.lerp_(critic_flat.data, args.tau)
-                target_actor.data.lerp_(flat.data, args.tau)
+            # 3. to 6. update
+            updates = range(args.num_updates if buffer.count >= args.learning_starts else 0)
+            metrics = [update(buffer.draw(args.batch_size), *learning_rates) for _ in updates]
 
             # 7. log, evaluate, save
-            means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
-            run.end_iteration(means, left * args.learning_rate, args.log_interval)
+            run.end_iteration(METRICS, metrics, learning_rates[0], args.log_interval)
         return run.finish()
 
 
@@ -531,16 +567,17 @@ class Run(ExitStack):
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, metrics, learning_rate, log_interval=1):
-        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+    def end_iteration(self, tags, rows, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs the mean row, evaluates and saves if it is time."""
         args, before = self.args, self.logged
         self.step, self.iteration = self.envs.steps, self.iteration + 1
-        self.pending.append(metrics)
+        self.pending += rows
         left = max(0, args.total_timesteps - self.step)
         if left and not self.signal and self.step < before + log_interval:
             return
-        rows = [torch.stack([*x.values()]) for x in self.pending if x]
-        means = dict(zip(metrics, torch.stack(rows).mean(0).tolist(), strict=True)) if rows else {}
+        means = {}
+        if self.pending:
+            means = dict(zip(tags, torch.stack(self.pending).mean(0).tolist(), strict=True))
         if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:

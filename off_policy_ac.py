@@ -160,6 +160,14 @@ class Agent(nn.Module):
         noise = torch.empty(*shape, self.action_dim)  # drawn on the CPU, whatever the device
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """A sample of π, (N,), or of u, (N, action_dim), on the agent's device."""
+        if self.discrete:
+            return (self.distribution(obs)[0] + noise).argmax(-1)
+        mean, log_std = self.distribution(obs)
+        return mean + log_std.exp() * noise
+
     def in_numpy(self, squash: bool = True):
         """Returns act(obs, noise), valid until an update; noise 0: greedy. Box: tanh(u) if squash, else u."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
@@ -275,6 +283,27 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
     return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
+def replayed(function):
+    """Returns function(*inputs) as a CUDA graph: from call 4 on the GPU repeats it after a single launch."""
+    graph, calls, held, output = torch.cuda.CUDAGraph(), 0, [], None
+
+    def replay(*inputs):  # arrays, tensors and numbers; the graph reads and writes at fixed addresses
+        nonlocal calls, held, output
+        calls += 1
+        held = held or [torch.as_tensor(x).to("cuda") for x in inputs]
+        for x, new in zip(held, inputs, strict=True):
+            x.fill_(new) if isinstance(new, float) else x.copy_(torch.as_tensor(new))
+        if calls < 4:  # PyTorch makes what it needs
+            return function(*held)
+        if calls == 4:
+            with torch.cuda.graph(graph):  # runs nothing
+                output = function(*held)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
 class ReplayBuffer:
     """The last `capacity` transitions, one a row of a single tensor: a batch is then a single gather."""
 
@@ -289,15 +318,19 @@ class ReplayBuffer:
     def add(self, *columns: np.ndarray) -> None:
         """Appends N transitions, columns (N, ...); the oldest ones make room."""
         rows = np.concatenate([x.reshape(len(x), -1) for x in columns], 1, dtype=np.float32)
-        self.count += len(rows)
-        rows = torch.from_numpy(rows[-len(self.rows) :]).to(self.rows.device)
-        where = torch.arange(self.count - len(rows), self.count, device=self.rows.device) % len(self.rows)
-        self.rows[where] = rows
+        while len(rows):  # up to the last row, then on from the first
+            begin = self.count % len(self.rows)
+            part, rows = np.split(rows, [len(self.rows) - begin])
+            self.rows[begin : begin + len(part)] = torch.from_numpy(part)
+            self.count += len(part)
 
-    def sample(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The columns of a batch, drawn uniformly, with replacement."""
-        index = torch.randint(min(self.count, len(self.rows)), (batch_size,)).to(self.rows.device)
-        return self.rows.index_select(0, index).split(self.widths, 1)
+    def draw(self, batch_size: int) -> Tensor:
+        """The row numbers of a batch, drawn uniformly, with replacement."""
+        return torch.randint(min(self.count, len(self.rows)), (batch_size,))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The columns of these rows."""
+        return self.rows.index_select(0, index.to(self.rows.device)).split(self.widths, 1)
 
     def state_dict(self) -> dict:
         return {"count": self.count, "rows": self.rows[: self.count].clone()}  # what was filled
@@ -339,21 +372,48 @@ def train(args: Args) -> dict[str, float]:
             loss, metrics = policy_loss(agent, *batch, args.actor_update, args.ent_coef)
             return flat_gradient(loss, metrics, params, args.max_grad_norm)
 
+        def update(index: Tensor, noises: Tensor, learning_rate: float, q_learning_rate: float) -> Tensor:
+            # 3. the batch of these rows, and the learning rates
+            optimizer.param_groups[0]["lr"] = learning_rate
+            critic_optimizer.param_groups[0]["lr"] = q_learning_rate
+            obs, actions, logprobs, rewards, next_obs, discounts = buffer.batch(index)
+            rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
+            actions = actions[:, 0].long() if envs.discrete else actions
+            noises = noises.to(device)
+
+            # 4. the critic's step
+            batch = obs, actions, rewards, next_obs, discounts, noises[0]
+            critic_flat.grad, critic_metrics = critic_gradient(*batch)
+            critic_optimizer.step()
+
+            # 5. the actor's step
+            flat.grad, actor_metrics = gradient(obs, actions, logprobs[:, 0], noises[1])
+            optimizer.step()
+
+            # 6. the target follows
+            target_critic.data.lerp_(critic_flat.data, args.tau)
+            return torch.cat([critic_metrics, actor_metrics])
+
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
-            gradient = torch.compile(gradient, mode="reduce-overhead")  # with CUDA graphs on a GPU
-            critic_gradient = torch.compile(critic_gradient, mode="reduce-overhead")
+            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
+        graph = args.compile and flat.is_cuda
+        for each in optimizers.values():  # also if a checkpoint of another device says otherwise
+            each.param_groups[0].update(fused=not graph, capturable=graph)
+        if graph:
+            torch.cuda.set_device(flat.device)
+            update, act = replayed(update), replayed(agent.act)
 
         queues = [[] for _ in range(args.num_envs)]
         while run.step < args.total_timesteps and not run.signal:
             # 1. anneal the learning rates
             left = 1 - args.anneal_lr * run.step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = left * args.learning_rate
-            critic_optimizer.param_groups[0]["lr"] = left * args.q_learning_rate
+            learning_rates = left * args.learning_rate, left * args.q_learning_rate
 
             # 2. act and store
             obs, starts = envs.obs, [length == 0 for _, length, _ in envs.episodes]
-            actions = agent.in_numpy(squash=False)(obs, agent.noise(args.num_envs))
+            noise = agent.noise(args.num_envs)
+            actions = act(obs, noise).cpu().numpy() if graph else agent.in_numpy(squash=False)(obs, noise)
             behaviour_logprobs = np.zeros(args.num_envs)
             if args.actor_update == "importance":
                 with torch.no_grad():
@@ -369,31 +429,15 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_rewards:
                 return_norm.update(torch.from_numpy(discounted_returns).to(device))
 
+            # 3. to 6. update
             metrics = []
             for _ in range(args.num_updates if buffer.count >= args.learning_starts else 0):
-                # 3. draw a batch
-                obs, actions, logprobs, rewards, next_obs, discounts = buffer.sample(args.batch_size)
-                rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
-                actions = actions[:, 0].long() if envs.discrete else actions
-                noises = torch.randn(2, args.num_samples, args.batch_size, envs.action_dim).to(device)
-
-                # 4. the critic's step
-                batch = obs, actions, rewards, next_obs, discounts, noises[0]
-                critic_flat.grad, critic_metrics = critic_gradient(*batch)
-                critic_metrics = critic_metrics.clone()  # the actor's CUDA graph would overwrite them
-                critic_optimizer.step()
-
-                # 5. the actor's step
-                flat.grad, actor_metrics = gradient(obs, actions, logprobs[:, 0], noises[1])
-                optimizer.step()
-                metrics.append(torch.cat([critic_metrics, actor_metrics]))
-
-                # 6. the target follows
-                target_critic.data.lerp_(critic_flat.data, args.tau)
+                index = buffer.draw(args.batch_size)
+                noises = torch.randn(2, args.num_samples, args.batch_size, envs.action_dim)
+                metrics.append(update(index, noises, *learning_rates))
 
             # 7. log, evaluate, save
-            means = dict(zip(METRICS, torch.stack(metrics).mean(0), strict=True)) if metrics else {}
-            run.end_iteration(means, left * args.learning_rate, args.log_interval)
+            run.end_iteration(METRICS, metrics, learning_rates[0], args.log_interval)
         return run.finish()
 
 
@@ -617,16 +661,17 @@ class Run(ExitStack):
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, metrics, learning_rate, log_interval=1):
-        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+    def end_iteration(self, tags, rows, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs the mean row, evaluates and saves if it is time."""
         args, before = self.args, self.logged
         self.step, self.iteration = self.envs.steps, self.iteration + 1
-        self.pending.append(metrics)
+        self.pending += rows
         left = max(0, args.total_timesteps - self.step)
         if left and not self.signal and self.step < before + log_interval:
             return
-        rows = [torch.stack([*x.values()]) for x in self.pending if x]
-        means = dict(zip(metrics, torch.stack(rows).mean(0).tolist(), strict=True)) if rows else {}
+        means = {}
+        if self.pending:
+            means = dict(zip(tags, torch.stack(self.pending).mean(0).tolist(), strict=True))
         if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:

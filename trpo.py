@@ -266,7 +266,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
 METRICS = (
     "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/kl", "losses/grad_norm",
     "losses/improvement", "losses/accepted_fraction", "losses/step_size", "losses/value_loss",
-    "losses/explained_variance",
+    "losses/explained_variance", "losses/multiplier",
 )  # fmt: skip
 
 
@@ -361,10 +361,9 @@ def train(args: Args) -> dict[str, float]:
             if args.normalize_obs:
                 agent.obs_norm.update(obs, left)
             metrics += [torch.stack(losses).mean(), explained]
-            metrics = {tag: x.detach() for tag, x in zip(METRICS, metrics, strict=True)}
             if args.constraint == "dual":
-                metrics["losses/multiplier"] = agent.multiplier.clone()
-            run.end_iteration(metrics, learning_rate)
+                metrics.append(agent.multiplier)
+            run.end_iteration(METRICS[: len(metrics)], [torch.stack(metrics).detach()], learning_rate)
         return run.finish()
 
 
@@ -597,16 +596,17 @@ class Run(ExitStack):
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self.writer.file_writer.add_summary(Summary(value=points), step)
 
-    def end_iteration(self, metrics, learning_rate, log_interval=1):
-        """Counts steps; every log_interval of them logs mean metrics, evaluates and saves if it is time."""
+    def end_iteration(self, tags, rows, learning_rate, log_interval=1):
+        """Counts steps; every log_interval of them logs the mean row, evaluates and saves if it is time."""
         args, before = self.args, self.logged
         self.step, self.iteration = self.envs.steps, self.iteration + 1
-        self.pending.append(metrics)
+        self.pending += rows
         left = max(0, args.total_timesteps - self.step)
         if left and not self.signal and self.step < before + log_interval:
             return
-        rows = [torch.stack([*x.values()]) for x in self.pending if x]
-        means = dict(zip(metrics, torch.stack(rows).mean(0).tolist(), strict=True)) if rows else {}
+        means = {}
+        if self.pending:
+            means = dict(zip(tags, torch.stack(self.pending).mean(0).tolist(), strict=True))
         if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:

@@ -47,9 +47,9 @@ class Args:
 
 def make(
     algorithm: str, env_id: str, seed: int, num_envs: int = 1, normalize: bool = False,
-    noise_std: float = 0.0, **settings: Any,
+    noise_std: float = 0.0, device: str = "cpu", **settings: Any,
 ) -> Any:  # fmt: skip
-    """A model of stable-baselines3 on the CPU; what is not set is its default."""
+    """A model of stable-baselines3; what is not set is its default."""
     envs = make_vec_env(env_id, num_envs, seed=seed)
     if normalize:
         envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99))
@@ -62,7 +62,7 @@ def make(
     if "activation_fn" in settings.get("policy_kwargs", {}):
         settings["policy_kwargs"] = settings["policy_kwargs"] | {"activation_fn": torch.nn.ReLU}
     model = {"ppo": PPO, "a2c": A2C, "ddpg": DDPG, "trpo": TRPO}[algorithm]
-    return model("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    return model("MlpPolicy", envs, seed=seed, device=device, **settings)
 
 
 def evaluate(model: Any, env_id: str, seed: int, episodes: int) -> tuple[float, float]:

@@ -203,7 +203,8 @@ def time_sb3(args: Args) -> Stamps:
         def _on_step(self) -> bool:
             return not stamps or stamps[-1][0] < stamps[0][0] + args.steps
 
-    peers.make(args.script, args.env_id, seed=1, **setting).learn(2**31, callback=Watch())
+    device = args.parse().device
+    peers.make(args.script, args.env_id, seed=1, device=device, **setting).learn(2**31, callback=Watch())
     return stamps
 
 

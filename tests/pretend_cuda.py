@@ -53,7 +53,7 @@ def is_mixed(args: list) -> bool:
 class Device(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.waits, self.draws = [], []
+        self.waits, self.draws, self.graphs, self.tape = [], [], [], None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name
@@ -69,8 +69,14 @@ class Device(TorchDispatchMode):
             self.waits.append(name)
         if on_gpu and torch.Tag.nondeterministic_seeded in func.tags:
             self.draws.append(name)
+        if self.tape is not None and name in CROSSES and len(gpus) < 1 + (name == "aten::copy_"):
+            raise RuntimeError(f"{func} between host and GPU, in a graph")
         args, kwargs = tree_map_only(Gpu, lambda x: x.inside, (args, kwargs))
+        if self.tape is not None and func._schema.is_mutable:
+            self.before += [(x, x.clone()) for x in tree_leaves(args) if isinstance(x, Tensor)]
         output = func(*args, **kwargs)
+        if self.tape is not None and on_gpu:
+            self.tape.append((func, args, kwargs, output))
         known = {id(x.inside): x for x in gpus}  # in-place operations give back what they got
         return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else Gpu(x), output) if on_gpu else output
 
@@ -96,10 +102,34 @@ class Host(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Graph:
+    """For torch.cuda.CUDAGraph: the operations that were run on the pretended GPU while it was recorded."""
+
+    def __init__(self) -> None:
+        self.tape: list = []
+
+    def replay(self) -> None:
+        for func, args, kwargs, output in self.tape:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old is not new:
+                    old.copy_(new)
+
+
 @contextmanager
 def pretend_cuda() -> Iterator[Device]:
     optimizer = torch.optim.Optimizer  # which would ask a driver, in a build for CUDA
     checks = {name: lambda self: None for name in vars(optimizer) if name.endswith("capture_health_check")}
     one_gpu = mock.patch.object(torch.cuda, "device_count", return_value=1)
-    with one_gpu, mock.patch.multiple(optimizer, **checks), Device() as device, Host():
+
+    @contextmanager
+    def record(graph: Graph) -> Iterator[None]:
+        device.graphs.append(graph)
+        device.tape, device.before = graph.tape, []
+        yield
+        device.tape = None
+        for x, was in reversed(device.before):  # recording changes nothing
+            x.copy_(was)
+
+    graphs = mock.patch.multiple(torch.cuda, CUDAGraph=Graph, graph=record, set_device=lambda _: None)
+    with one_gpu, graphs, mock.patch.multiple(optimizer, **checks), Device() as device, Host():
         yield device

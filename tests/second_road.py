@@ -114,19 +114,19 @@ def watch(module, agent, loss, args, envs=None):
         batches.append((given[1:], [x.item() for x in result[1]]))
         return result
 
-    def spy_end(run, metrics, rate, *interval):
+    def spy_end(run, tags, rows, rate, *interval):
         optimizers = [part for name, part in run.parts.items() if name.endswith("optimizer")]
         groups = [optimizer.param_groups[0] for optimizer in optimizers]
         now = Steps(*(torch.from_numpy(np.array(x)) for x in zip(*steps, strict=True))) if steps else None
         gradients = [x["params"][0].grad.clone() for x in groups if x["params"][0].grad is not None]
-        floats, rates = {name: float(value) for name, value in metrics.items()}, [groups[0]["lr"], rate]
+        floats, rates = dict(zip(tags, rows[0].tolist(), strict=True)), [groups[0]["lr"], rate]
         noise = torch.from_numpy(np.concatenate(noises)).double()[: len(steps)] if noises else None
         seen = batches[:], gradients, floats, rates, copy.deepcopy(agent), orders[:]
         iterations.append(Iteration(now, noise, *seen))
         for each in (steps, noises, orders, batches):
             each.clear()
         assert interval in ((), (getattr(args, "log_interval", None),))
-        end(run, metrics, rate, *interval)
+        end(run, tags, rows, rate, *interval)
 
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent, "noise", lambda *shape: noises.append(draw(*shape)) or noises[-1], raising=False)

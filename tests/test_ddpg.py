@@ -137,7 +137,8 @@ def test_acting_in_numpy_is_the_network_and_noise_within_the_bounds():
     mean = agent.actor(((obs - agent.obs_norm.mean) * agent.obs_norm.scale).clip(-10, 10)).tanh()
     close(agent.action(obs, agent.actor), mean)
     for noise in (0 * mean, torch.randn(50, 2), 100 * torch.randn(50, 2)):
-        close(agent.in_numpy()(obs.numpy(), noise.detach().numpy()), (mean + noise).clamp(-1, 1), 1e-5)
+        for actions in (agent.in_numpy()(obs.numpy(), noise.detach().numpy()), agent.act(obs, noise)):
+            close(actions, (mean + noise).clamp(-1, 1), 1e-5)
     first = new_agent(ddpg, 3, 2, spread=0, hidden_size=256)  # near 0; the targets start as the networks
     assert first.action(3 * torch.randn(500, 3).double(), first.actor).abs().max() < 0.2
     for name, x in first.state_dict().items():
@@ -147,18 +148,18 @@ def test_acting_in_numpy_is_the_network_and_noise_within_the_bounds():
 @pytest.mark.parametrize("correlation", [0.0, 0.86])
 def test_noise_is_stationary_correlated_in_time_alone_and_new_with_an_episode(correlation):
     """Deviation σ from the first step of an episode on; lag-k autocorrelation c^k; independent otherwise."""
-    n, noise, history = 20_000, torch.full((20_000, 3), 50.0), []
+    n, noise, history = 20_000, np.full((20_000, 3), 50, np.float32), []
     for starts in (True, False, False, False):
-        noise = ddpg.next_noise(noise, torch.full((n,), starts), torch.randn(n, 3), 0.3, correlation)
-        history.append(noise)
+        noise = ddpg.next_noise(noise, [starts] * n, torch.randn(n, 3).numpy(), 0.3, correlation)
+        history.append(torch.from_numpy(noise))
     close(torch.stack([x.mean(0) for x in history]), torch.zeros(4, 3), 0.01)
     close(torch.stack([x.std(0) for x in history]), torch.full((4, 3), 0.3), 0.009)
     found = torch.corrcoef(torch.cat(history, 1).T)  # of dimension d at t with dimension e at u
     lags = correlation ** (torch.arange(4.0)[:, None] - torch.arange(4.0)).abs()
     close(found, torch.kron(lags, torch.eye(3)), 0.03)
-    close(torch.corrcoef(torch.stack([noise[:-1, 0], noise[1:, 0]])), torch.eye(2), 0.03)
-    noise, draw = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.5, -1.0], [2.0, 0.0]]])
-    new = ddpg.next_noise(noise, torch.tensor([False, True]), draw, 0.2, 0.6)
+    close(np.corrcoef(noise[:-1, 0], noise[1:, 0]), torch.eye(2), 0.03)
+    noise, draw = np.float32([[[1, 2], [3, 4]], [[0.5, -1], [2, 0]]])
+    new = ddpg.next_noise(noise, [False, True], draw, 0.2, 0.6)
     close(new, [[0.6 + 0.2 * 0.8 * 0.5, 1.2 - 0.2 * 0.8], [0.4, 0.0]], 1e-6)
 
 
@@ -203,7 +204,7 @@ def test_small_batches_draw_each_stored_row_as_often_and_no_other(script, added)
     buffer = new_buffer(script, 50)
     for n in added:
         add(buffer, n)
-    stored, batches = min(sum(added), 50), [buffer.sample(4) for _ in range(5_000)]
+    stored, batches = min(sum(added), 50), [buffer.batch(buffer.draw(4)) for _ in range(5_000)]
     assert [x.shape for x in batches[0]] == [(4, 2), (4, 1), (4, 1)]
     tags = torch.stack([tags_of(*batch) for batch in batches]) - max(0, sum(added) - 50)
     pairs = (tags[:, 1] - tags[:, 0]) % stored, (tags[1:, 0] - tags[:-1, 3]) % stored  # independent

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 from tabular import CONTINUES, MDP, REWARD, TRANSITION, A, S, linear
 from test_ddpg import _seeded, close, network, new_agent, same  # noqa: F401
 from torch import nn
@@ -188,6 +189,8 @@ def test_acting_draws_from_the_policy_and_sigma_is_limited():
     draws = act(obs.numpy().repeat(40_000, 0), agent.noise(40_000))
     close(np.bincount(draws, minlength=4) / 40_000, probs, 0.01)
     assert act(obs.numpy(), 0).tolist() == [int(probs.argmax())]
+    noise = agent.noise(100)
+    assert torch.equal(agent.act(obs.double(), torch.from_numpy(noise)), torch.from_numpy(act(obs.numpy(), noise)))
     agent, obs = new_agent(off_policy_ac, 3, 2, normalize_obs=True), 20 * torch.randn(20_000, 3)
     agent.obs_norm.update(torch.randn(30, 3) + 2)
     noise = agent.noise(20_000)
@@ -195,6 +198,7 @@ def test_acting_draws_from_the_policy_and_sigma_is_limited():
     out = agent.actor(((obs - agent.obs_norm.mean) * agent.obs_norm.scale).clip(-10, 10)).detach()
     u = out[:, :2] + out[:, 2:].exp().clip(math.exp(-20), math.exp(2)) * torch.from_numpy(noise)
     close(agent.in_numpy()(obs.numpy(), noise), u.tanh(), 1e-4)
+    close(agent.act(obs, torch.from_numpy(noise)), u, 1e-4)
     for log_std, limit in ((9.0, 2), (-30.0, -20)):
         agent, one = new_agent(off_policy_ac, 1, 1, spread=0, log_std_init=log_std), torch.ones(1, 1).double()
         agent.actor[4].weight.data.zero_()
@@ -258,18 +262,6 @@ def test_losses_against_torch_distributions_row_by_row(discrete, kind):
         close(torch.stack(metrics), torch.stack([expected, entropy]))
 
 
-def pretend(function, *, lost=[], **_):  # noqa: B006
-    """For torch.compile: what it gave is lost when a compiled function runs again, as with CUDA graphs."""
-
-    def compiled(*given):
-        for x in lost:
-            x.fill_(math.nan)
-        lost[:] = result = function(*given)
-        return result
-
-    return compiled
-
-
 def run(script, **flags):
     """A run of train() in float64: its flags, first and last agent, calls in order, checkpoint, metrics."""
     calls, agents = [], []
@@ -288,9 +280,9 @@ def run(script, **flags):
         spy(*((script, "next_noise") if script is ddpg else (script.Agent, "noise")))
         for owner, name in zip((script, script, script.Envs, script.ReplayBuffer), SPIED, strict=True):
             spy(owner, name)
-        spy(script.ReplayBuffer, "sample", lambda columns: [x.double() for x in columns])
+        spy(script.ReplayBuffer, "batch", lambda columns: [x.double() for x in columns])
         spy(script, "Agent", lambda agent: agents.extend([deepcopy(agent.double()), agent]) or agent)
-        patch.setattr(torch, "compile", pretend)
+        patch.setattr(torch, "compile", lambda function: function)
         small = {"env_id": "Both-v0", "num_envs": 2, "hidden_size": 5, "batch_size": 7, "learning_starts": 10}
         small |= {"total_timesteps": 40, "num_updates": 2, "eval_episodes": 0, "log_interval": 1, "tau": 0.3}
         small |= {"learning_rate": 3e-3, "q_learning_rate": 5e-3, "max_grad_norm": 1.5, "gamma": GAMMA}
@@ -310,16 +302,16 @@ def second_road(script, args, agent, calls):
     for t, (begin, end) in enumerate(pairwise(turns)):
         (_, given, noise, _), (_, (_, actions), step, obs), (_, (_, *added), *_), *updates = calls[begin:end]
         turn = args.num_updates if N * (t + 1) >= args.learning_starts else 0
-        update = ["sample", "q_loss", "policy_loss"] * turn
+        update = ["batch", "q_loss", "policy_loss"] * turn
         assert [name for name, *_ in calls[begin + 1 : end]] == ["step", "add", *update]
         rewards, next_obs, terminated = step[:3]
         assert all(map(np.array_equal, (added[0], *added[-3:]), (obs, rewards, next_obs, GAMMA * ~terminated)))
         x, taken = torch.from_numpy(obs), torch.as_tensor(added[1])
         if script is ddpg:
-            assert (given[1].numpy() == first).all()
+            assert (given[1] == first).all()
             assert given[3:] == (args.exploration_noise, args.noise_correlation)
             close(given[0], last)
-            policy, got, last = (agent.action(x, agent.actor) + noise).clamp(-1, 1), taken, noise
+            policy, got, last = agent.act(x, torch.from_numpy(noise)), taken, noise
         elif agent.discrete:
             policy, got = (agent.distribution(x)[0] + torch.from_numpy(noise)).argmax(-1), taken
         else:
@@ -387,6 +379,28 @@ def test_rows_of_several_rewards(script):
     width, rows = len(obs[0]), saved["buffer"]["rows"].tolist()
     stored = [[*row[:width], *row[-width - 2 :]] for row in rows]
     close(sorted(stored), sorted(expected), 1e-5)
+
+
+GRAPHS = [(ddpg, "Both-v0"), (off_policy_ac, "Both-v0"), (off_policy_ac, "Tabular-v0")]
+
+
+@pytest.mark.parametrize(("script", "env_id"), GRAPHS, ids=str)
+def test_a_replayed_cuda_graph_does_what_the_program_says(script, env_id, tmp_path, monkeypatch):
+    """Each update and each action, with rates that fall, statistics that move, and a checkpoint between."""
+    make = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, device=None, **more: make(data, **more).to(device))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    small = {"env_id": env_id, "learning_starts": 10, "total_timesteps": 60, "hidden_size": 5, "batch_size": 7}
+    small |= {"learning_rate": 3e-3, "checkpoint_every": 24, "num_envs": 2, "eval_episodes": 0, "compile": True}
+    metrics = script.train(script.Args(run_dir=f"{tmp_path}/cpu", device="cpu", **small))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pretend_cuda() as gpu:
+        graph_metrics = script.train(script.Args(run_dir=f"{tmp_path}/gpu", device="cuda", **small))
+    close(*([x[tag] for tag in script.METRICS] for x in (graph_metrics, metrics)), 1e-4)
+    assert len(gpu.graphs) == 2  # of the update and of acting
+    cpu, gpu = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("cpu", "gpu"))
+    for name, x in (cpu["agent"] | cpu["buffer"] | cpu["return_norm"]).items():
+        close((gpu["agent"] | gpu["buffer"] | gpu["return_norm"])[name], x, 1e-5)
 
 
 RUNS = [
