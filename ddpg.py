@@ -124,7 +124,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """μ + noise, within ±1, (N, action_dim), on the agent's device."""
+        """As the act of in_numpy, on the agent's device."""
         return (self.action(obs, self.actor) + noise).clamp(-1, 1)
 
     def in_numpy(self):
@@ -199,22 +199,25 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
 
 
 def replayed(function):
-    """Returns function(*inputs) as a CUDA graph: from call 4 on the GPU repeats it after a single launch."""
+    """Returns function(*inputs) -> Tensor, which call 4 records as a CUDA graph: one launch replays it.
+
+    A replay runs no Python: what changes has to be an input, or a tensor that is changed in place.
+    """
     graph, calls, held, output = torch.cuda.CUDAGraph(), 0, [], None
 
-    def replay(*inputs):  # arrays, tensors and numbers; the graph reads and writes at fixed addresses
+    def replay(*inputs):
         nonlocal calls, held, output
         calls += 1
-        held = held or [torch.as_tensor(x).to("cuda") for x in inputs]
+        held = held or [torch.as_tensor(x).to("cuda", copy=True) for x in inputs]  # the graph's addresses
         for x, new in zip(held, inputs, strict=True):
             x.fill_(new) if isinstance(new, float) else x.copy_(torch.as_tensor(new))
-        if calls < 4:  # PyTorch makes what it needs
+        if calls < 4:  # compiles, and makes the optimizers' state
             return function(*held)
         if calls == 4:
-            with torch.cuda.graph(graph):  # runs nothing
+            with torch.cuda.graph(graph):  # records, and computes nothing
                 output = function(*held)
         graph.replay()
-        return output.clone()
+        return output.clone()  # the next replay overwrites it
 
     return replay
 
@@ -233,7 +236,7 @@ class ReplayBuffer:
     def add(self, *columns: np.ndarray) -> None:
         """Appends N transitions, columns (N, ...); the oldest ones make room."""
         rows = np.concatenate([x.reshape(len(x), -1) for x in columns], 1, dtype=np.float32)
-        while len(rows):  # up to the last row, then on from the first
+        while len(rows):  # a ring: up to its end, then on from its start
             begin = self.count % len(self.rows)
             part, rows = np.split(rows, [len(self.rows) - begin])
             self.rows[begin : begin + len(part)] = torch.from_numpy(part)
@@ -273,8 +276,8 @@ def train(args: Args) -> dict[str, float]:
         flat, critic_flat = flatten(params), flatten(critic_params)
         target_critic = flatten(list(agent.target_critic.parameters()))
         target_actor = flatten(list(agent.target_actor.parameters()))
-        optimizer = torch.optim.Adam([flat], lr=args.learning_rate, fused=True)
-        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate, fused=True)
+        optimizer = torch.optim.Adam([flat], lr=args.learning_rate)
+        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate)
         buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, envs.action_dim, 1, envs.obs_dim, 1], device)
         optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
@@ -285,10 +288,14 @@ def train(args: Args) -> dict[str, float]:
         def gradient(obs: Tensor) -> tuple[Tensor, Tensor]:
             return flat_gradient(*policy_loss(agent, obs), params, args.max_grad_norm)
 
-        def update(index: Tensor, learning_rate: float, q_learning_rate: float) -> Tensor:
-            # 3. the batch of these rows, and the learning rates
-            optimizer.param_groups[0]["lr"] = learning_rate
-            critic_optimizer.param_groups[0]["lr"] = q_learning_rate
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
+            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
+
+        def update(index: Tensor, learning_rate, q_learning_rate) -> Tensor:
+            # 3. a batch: these rows
+            optimizer.param_groups[0]["lr"] = learning_rate + 1e-30  # never 0: unfused Adam divides by it
+            critic_optimizer.param_groups[0]["lr"] = q_learning_rate + 1e-30
             obs, actions, rewards, next_obs, discounts = buffer.batch(index)
             rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
 
@@ -305,13 +312,10 @@ def train(args: Args) -> dict[str, float]:
             target_actor.data.lerp_(flat.data, args.tau)
             return torch.cat([critic_metrics, actor_metrics])
 
-        if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
-            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
-        graph = args.compile and flat.is_cuda
-        for each in optimizers.values():  # also if a checkpoint of another device says otherwise
-            each.param_groups[0].update(fused=not graph, capturable=graph)
-        if graph:
+        graphs = args.compile and flat.is_cuda
+        for adam in optimizers.values():  # after a checkpoint; on a GPU, fused is slow for one vector
+            adam.param_groups[0].update(fused=not graphs, capturable=graphs)
+        if graphs:
             torch.cuda.set_device(flat.device)
             update, act = replayed(update), replayed(agent.act)
 
@@ -327,7 +331,7 @@ def train(args: Args) -> dict[str, float]:
             starts = [length == 0 for _, length, _ in envs.episodes]
             draw = torch.randn(noise.shape).numpy()
             noise = next_noise(noise, starts, draw, args.exploration_noise, args.noise_correlation)
-            actions = act(obs, noise).cpu().numpy() if graph else agent.in_numpy()(obs, noise)
+            actions = act(obs, noise).cpu().numpy() if graphs else agent.in_numpy()(obs, noise)
             if buffer.count < args.learning_starts:
                 actions = 2 * torch.rand(noise.shape).numpy() - 1
             *stepped, discounted_returns = envs.step(actions)

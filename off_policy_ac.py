@@ -162,7 +162,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """A sample of π, (N,), or of u, (N, action_dim), on the agent's device."""
+        """As the act of in_numpy without squash, on the agent's device."""
         if self.discrete:
             return (self.distribution(obs)[0] + noise).argmax(-1)
         mean, log_std = self.distribution(obs)
@@ -284,22 +284,25 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
 
 
 def replayed(function):
-    """Returns function(*inputs) as a CUDA graph: from call 4 on the GPU repeats it after a single launch."""
+    """Returns function(*inputs) -> Tensor, which call 4 records as a CUDA graph: one launch replays it.
+
+    A replay runs no Python: what changes has to be an input, or a tensor that is changed in place.
+    """
     graph, calls, held, output = torch.cuda.CUDAGraph(), 0, [], None
 
-    def replay(*inputs):  # arrays, tensors and numbers; the graph reads and writes at fixed addresses
+    def replay(*inputs):
         nonlocal calls, held, output
         calls += 1
-        held = held or [torch.as_tensor(x).to("cuda") for x in inputs]
+        held = held or [torch.as_tensor(x).to("cuda", copy=True) for x in inputs]  # the graph's addresses
         for x, new in zip(held, inputs, strict=True):
             x.fill_(new) if isinstance(new, float) else x.copy_(torch.as_tensor(new))
-        if calls < 4:  # PyTorch makes what it needs
+        if calls < 4:  # compiles, and makes the optimizers' state
             return function(*held)
         if calls == 4:
-            with torch.cuda.graph(graph):  # runs nothing
+            with torch.cuda.graph(graph):  # records, and computes nothing
                 output = function(*held)
         graph.replay()
-        return output.clone()
+        return output.clone()  # the next replay overwrites it
 
     return replay
 
@@ -318,7 +321,7 @@ class ReplayBuffer:
     def add(self, *columns: np.ndarray) -> None:
         """Appends N transitions, columns (N, ...); the oldest ones make room."""
         rows = np.concatenate([x.reshape(len(x), -1) for x in columns], 1, dtype=np.float32)
-        while len(rows):  # up to the last row, then on from the first
+        while len(rows):  # a ring: up to its end, then on from its start
             begin = self.count % len(self.rows)
             part, rows = np.split(rows, [len(self.rows) - begin])
             self.rows[begin : begin + len(part)] = torch.from_numpy(part)
@@ -358,8 +361,8 @@ def train(args: Args) -> dict[str, float]:
         params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
         flat, critic_flat = flatten(params), flatten(critic_params)
         target_critic = flatten(list(agent.target_critic.parameters()))
-        optimizer = torch.optim.Adam([flat], lr=args.learning_rate, fused=True)
-        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate, fused=True)
+        optimizer = torch.optim.Adam([flat], lr=args.learning_rate)
+        critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate)
         action_width = 1 if envs.discrete else envs.action_dim
         buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, action_width, 1, 1, envs.obs_dim, 1], device)
         optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
@@ -372,10 +375,14 @@ def train(args: Args) -> dict[str, float]:
             loss, metrics = policy_loss(agent, *batch, args.actor_update, args.ent_coef)
             return flat_gradient(loss, metrics, params, args.max_grad_norm)
 
-        def update(index: Tensor, noises: Tensor, learning_rate: float, q_learning_rate: float) -> Tensor:
-            # 3. the batch of these rows, and the learning rates
-            optimizer.param_groups[0]["lr"] = learning_rate
-            critic_optimizer.param_groups[0]["lr"] = q_learning_rate
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
+            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
+
+        def update(index: Tensor, noises: Tensor, learning_rate, q_learning_rate) -> Tensor:
+            # 3. a batch: these rows
+            optimizer.param_groups[0]["lr"] = learning_rate + 1e-30  # never 0: unfused Adam divides by it
+            critic_optimizer.param_groups[0]["lr"] = q_learning_rate + 1e-30
             obs, actions, logprobs, rewards, next_obs, discounts = buffer.batch(index)
             rewards, discounts = rewards[:, 0] * return_norm.scale, discounts[:, 0]
             actions = actions[:, 0].long() if envs.discrete else actions
@@ -394,13 +401,10 @@ def train(args: Args) -> dict[str, float]:
             target_critic.data.lerp_(critic_flat.data, args.tau)
             return torch.cat([critic_metrics, actor_metrics])
 
-        if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # otherwise autograd.grad cuts the graph in two
-            gradient, critic_gradient = torch.compile(gradient), torch.compile(critic_gradient)
-        graph = args.compile and flat.is_cuda
-        for each in optimizers.values():  # also if a checkpoint of another device says otherwise
-            each.param_groups[0].update(fused=not graph, capturable=graph)
-        if graph:
+        graphs = args.compile and flat.is_cuda
+        for adam in optimizers.values():  # after a checkpoint; on a GPU, fused is slow for one vector
+            adam.param_groups[0].update(fused=not graphs, capturable=graphs)
+        if graphs:
             torch.cuda.set_device(flat.device)
             update, act = replayed(update), replayed(agent.act)
 
@@ -413,7 +417,7 @@ def train(args: Args) -> dict[str, float]:
             # 2. act and store
             obs, starts = envs.obs, [length == 0 for _, length, _ in envs.episodes]
             noise = agent.noise(args.num_envs)
-            actions = act(obs, noise).cpu().numpy() if graph else agent.in_numpy(squash=False)(obs, noise)
+            actions = act(obs, noise).cpu().numpy() if graphs else agent.in_numpy(squash=False)(obs, noise)
             behaviour_logprobs = np.zeros(args.num_envs)
             if args.actor_update == "importance":
                 with torch.no_grad():
