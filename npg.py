@@ -30,7 +30,8 @@ Compare with a2c.py, which takes a plain gradient step, and trpo.py, which check
 
     python npg.py
     python npg.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
-        --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs
+        --num-minibatches 16 --critic-learning-rate 1e-3 --max-kl 0.1 --damping 0.6 --log-std-init -0.5 \
+        --normalize-obs
 """
 
 import math

@@ -203,8 +203,7 @@ def time_sb3(args: Args) -> Stamps:
         def _on_step(self) -> bool:
             return not stamps or stamps[-1][0] < stamps[0][0] + args.steps
 
-    device = args.parse().device
-    peers.make(args.script, args.env_id, seed=1, device=device, **setting).learn(2**31, callback=Watch())
+    peers.make(args.script, args.env_id, 1, device=args.parse().device, **setting).learn(2**31, callback=Watch())
     return stamps
 
 

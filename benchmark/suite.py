@@ -34,7 +34,6 @@ STEPS = {  # environment steps; 1M on MuJoCo
 }
 EVAL_EPISODES = {"Pendulum-v1": 100, "Acrobot-v1": 100}  # 20 elsewhere; there, start states differ more than policies
 
-NPG = "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 --normalize-obs"
 CONTINUOUS = {  # for actions in a Box
     "reinforce": "--baseline value --learning-rate 5e-3 --log-std-init -1 --normalize-obs",
     "actor_critic": (
@@ -44,10 +43,10 @@ CONTINUOUS = {  # for actions in a Box
         "--num-steps 16 --learning-rate 1e-3 --gae-lambda 0.95 --ent-coef 0.01 --log-std-init -1 --normalize-obs "
         "--compile"
     ),
-    "npg": NPG,
-    "trpo": (
+    **dict.fromkeys(
+        ("npg", "trpo"),
         "--num-envs 4 --num-steps 512 --num-minibatches 16 --critic-learning-rate 1e-3 --max-kl 0.1 --damping 0.6 "
-        "--log-std-init -0.5 --normalize-obs"
+        "--log-std-init -0.5 --normalize-obs",
     ),
     "ppo": (
         "--num-envs 4 --num-steps 512 --num-minibatches 16 --update-epochs 10 --learning-rate 7e-4 --ent-coef 0.004 "
@@ -61,9 +60,7 @@ REPLAY_LEGS = (  # for those that can fall
     "--lookahead 5 --hidden-size 128 --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs "
     "--no-normalize-rewards --compile"
 )
-ONE_DRAW = (  # off_policy_ac on MuJoCo
-    "--num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"
-)
+ONE_DRAW = "--num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # MuJoCo
 REPLAY_PENDULUM = "--tau 0.005 --no-normalize-obs --no-normalize-rewards --compile"
 FLAGS = {
     **{(script, env): flags for script, flags in CONTINUOUS.items() for env in ("Pendulum-v1", *MUJOCO)},
@@ -74,7 +71,10 @@ FLAGS = {
         "--no-normalize-rewards"
     ),
     ("trpo-dual", "CartPole-v1"): "--constraint dual",
-    ("trpo-dual", "HalfCheetah-v5"): f"{NPG} --constraint dual",
+    ("trpo-dual", "HalfCheetah-v5"): (
+        "--num-envs 4 --num-steps 512 --num-minibatches 8 --critic-learning-rate 1e-3 --log-std-init -1 "
+        "--normalize-obs --constraint dual"
+    ),
     ("off_policy_ac", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000 {ONE_DRAW}",
     ("ddpg", "HalfCheetah-v5"): f"{REPLAY_MUJOCO} --learning-starts 25000",
     **{("off_policy_ac", env): f"{REPLAY_LEGS} {ONE_DRAW}" for env in LEGS},
