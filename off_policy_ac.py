@@ -71,7 +71,7 @@ class Args:
     num_envs: int = 4  # environments, N
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda or cuda:1
     num_threads: int = 1  # of PyTorch on the CPU; NumPy's: OPENBLAS_NUM_THREADS
-    compile: bool = False  # compile the gradients, on a GPU replay CUDA graphs; takes half a minute
+    compile: bool = False  # compile the gradient; takes half a minute
     run_dir: str = ""  # default: runs/<env-id>/<script>/seed<seed>__<date-time>
     resume: bool = False  # go on from the checkpoint in --run-dir if there is one
     checkpoint_every: int = 100_000  # environment steps; episodes restart after a checkpoint; 0: off
