@@ -107,6 +107,11 @@ def test_speeds_are_those_of_the_results():
     assert found == {path.stem for path in (RESULTS / "speed").glob("*.json")}
 
 
+def test_speeds_on_a_gpu_are_those_that_were_measured():
+    (said,) = re.findall(r"^On one H200 .*?\n\n", BENCHMARK, flags=re.M | re.S)
+    assert all(f" {speed:,}" in said.replace("\n", " ") for speed in load("gpu.json")["steps_per_second"].values())
+
+
 def test_sentences_are_those_of_the_results():
     ends, seeds = list(load("statistics", "trpo-Hopper-v5.json").values())[2:]
     seeds = [end for each in seeds.values() for end in each]
