@@ -295,7 +295,10 @@ def replayed(function):
         calls += 1
         held = held or [torch.as_tensor(x).to("cuda", copy=True) for x in inputs]  # the graph's addresses
         for x, new in zip(held, inputs, strict=True):
-            x.fill_(new) if isinstance(new, float) else x.copy_(torch.as_tensor(new))
+            if isinstance(new, float):
+                x.fill_(new)
+            else:
+                x.copy_(torch.as_tensor(new))
         if calls < 4:  # compiles, and makes the optimizers' state
             return function(*held)
         if calls == 4:
