@@ -488,9 +488,10 @@ class Envs:
 
     def row(self, obs):
         """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
-        if np.shape(obs) != self.obs_space.shape:
-            fail(f"{self.name} returned an observation of shape {np.shape(obs)} for {self.obs_space}", 1)
-        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else np.ravel(obs)
+        obs = np.asarray(obs)
+        if obs.shape != self.obs_space.shape:
+            fail(f"{self.name} returned an observation of shape {obs.shape} for {self.obs_space}", 1)
+        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else obs.ravel()
 
     def reset(self, *stream):
         """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
