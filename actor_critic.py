@@ -15,7 +15,7 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)
              monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): least bias, most variance
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
-        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
 
 No sum goes past the end of the episode or the batch; its last term is V(s'), 0 if terminal. n is lookahead.
 
@@ -114,7 +114,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
         if args.shared_network:
             self.critic = nn.Sequential(*self.actor[:-1], self.critic[-1])
@@ -124,7 +124,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and actions unclipped."""
         output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
         if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
             log_pi = output.log_softmax(-1)
@@ -140,9 +140,9 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
+        """Returns act(obs, noise), the actor in NumPy (change both), until an update; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
-        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
@@ -161,9 +161,9 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
     td_errors = rewards + gamma * next_values * ~terminated - values
     columns = td_errors.T.tolist()  # plain floats: faster than small tensors
-    for column, ends in zip(columns, dones.T.tolist(), strict=True):
+    for column, done in zip(columns, dones.T.tolist(), strict=True):
         for t in reversed(range(len(column) - 1)):
-            column[t] += gamma * gae_lambda * (not ends[t]) * column[t + 1]
+            column[t] += gamma * gae_lambda * (not done[t]) * column[t + 1]
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
@@ -215,7 +215,7 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
     return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
-METRICS = (
+METRICS = (  # in the order in which `train` has their values
     "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm",
     "losses/explained_variance",
 )  # fmt: skip
@@ -230,7 +230,7 @@ def train(args: Args) -> dict[str, float]:
         return_norm = RunningNorm().to(device)
         params = [x for name, x in agent.named_parameters() if args.shared_network or "critic" not in name]
         critic_params = list(agent.critic.parameters())
-        flat = flatten(params)
+        flat = flatten(params)  # the parameters are views of it
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         parts = {"agent": agent, "return_norm": return_norm, "optimizer": optimizer}
         if not args.shared_network:
@@ -266,7 +266,7 @@ def train(args: Args) -> dict[str, float]:
             # 2. run the policy
             act, steps = agent.in_numpy(), []
             starts = envs.episodes[0][1] == 0
-            for noise in agent.noise(args.num_steps, args.num_envs):
+            for noise in agent.noise(args.num_steps, args.num_envs):  # t = 0 ... T - 1
                 obs = envs.obs
                 actions = act(obs, noise)
                 steps.append((obs, actions, *envs.step(actions)))

@@ -128,7 +128,7 @@ class Agent(nn.Module):
         return (self.action(obs, self.actor) + noise).clamp(-1, 1)
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. It is μ + noise, within ±1."""
+        """Returns act(obs, noise), μ + noise within ±1 in NumPy (change both), until an update; 0: greedy."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
         def act(obs, noise):  # (N, obs_dim) to (N, action_dim)
@@ -261,7 +261,7 @@ class ReplayBuffer:
         self.rows[: self.count] = state["rows"]
 
 
-METRICS = (
+METRICS = (  # in the order in which `train` has their values
     "losses/q_loss", "losses/q_values", "losses/q_grad_norm", "losses/policy_loss", "losses/grad_norm",
 )  # fmt: skip
 
@@ -276,7 +276,7 @@ def train(args: Args) -> dict[str, float]:
         agent = Agent(envs, args).to(device)
         return_norm = RunningNorm().to(device)
         params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
-        flat, critic_flat = flatten(params), flatten(critic_params)
+        flat, critic_flat = flatten(params), flatten(critic_params)  # parameters are views of them
         target_critic = flatten(list(agent.target_critic.parameters()))
         target_actor = flatten(list(agent.target_actor.parameters()))
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate)

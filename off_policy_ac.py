@@ -169,7 +169,7 @@ class Agent(nn.Module):
         return mean + log_std.exp() * noise
 
     def in_numpy(self, squash: bool = True):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. Box: tanh(u) if squash, else u."""
+        """Returns act(obs, noise), in NumPy (change both), until an update; noise 0: greedy; u or tanh(u)."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
@@ -346,7 +346,7 @@ class ReplayBuffer:
         self.rows[: self.count] = state["rows"]
 
 
-METRICS = (
+METRICS = (  # in the order in which `train` has their values
     "losses/q_loss", "losses/q_values", "losses/q_grad_norm", "losses/policy_loss", "losses/entropy",
     "losses/grad_norm",
 )  # fmt: skip
@@ -362,7 +362,7 @@ def train(args: Args) -> dict[str, float]:
         agent = Agent(envs, args).to(device)
         return_norm = RunningNorm().to(device)
         params, critic_params = list(agent.actor.parameters()), list(agent.critic.parameters())
-        flat, critic_flat = flatten(params), flatten(critic_params)
+        flat, critic_flat = flatten(params), flatten(critic_params)  # parameters are views of them
         target_critic = flatten(list(agent.target_critic.parameters()))
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate)
         critic_optimizer = torch.optim.Adam([critic_flat], lr=args.q_learning_rate)

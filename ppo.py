@@ -11,7 +11,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
             4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11),  G_t = A_t + V(s_t)
             5. for each minibatch: an Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
-        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
 
 Beyond the paper: advantages are computed anew in every epoch with the newest critic (the paper: once) and
 normalised in every minibatch; the gradient's norm is clipped; rewards are normalised by default (V near 100
@@ -97,7 +97,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and actions unclipped."""
         output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
         if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
             log_pi = output.log_softmax(-1)
@@ -121,9 +121,9 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
+        """Returns act(obs, noise), the actor in NumPy (change both), until an update; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
-        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
@@ -142,9 +142,9 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
     td_errors = rewards + gamma * next_values * ~terminated - values
     columns = td_errors.T.tolist()  # plain floats: faster than small tensors
-    for column, ends in zip(columns, dones.T.tolist(), strict=True):
+    for column, done in zip(columns, dones.T.tolist(), strict=True):
         for t in reversed(range(len(column) - 1)):
-            column[t] += gamma * gae_lambda * (not ends[t]) * column[t + 1]
+            column[t] += gamma * gae_lambda * (not done[t]) * column[t + 1]
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
@@ -183,7 +183,7 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
     return grad * (max_norm / (metrics[-1] + 1e-6)).clamp(max=1), metrics
 
 
-METRICS = (
+METRICS = (  # in the order in which `train` has their values
     "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
     "losses/grad_norm", "losses/explained_variance",
 )  # fmt: skip
@@ -197,7 +197,7 @@ def train(args: Args) -> dict[str, float]:
         agent = Agent(envs, args).to(device)
         return_norm = RunningNorm().to(device)
         params = list(agent.parameters())
-        flat = flatten(params)
+        flat = flatten(params)  # the parameters are views of it
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         run.start(args, envs, agent=agent, return_norm=return_norm, optimizer=optimizer)
 
@@ -216,7 +216,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 2. run the policy
             act, steps = agent.in_numpy(), []
-            for noise in agent.noise(args.num_steps, args.num_envs):
+            for noise in agent.noise(args.num_steps, args.num_envs):  # t = 0 ... T - 1
                 obs = envs.obs
                 actions = act(obs, noise)
                 steps.append((obs, actions, *envs.step(actions)))
@@ -226,7 +226,7 @@ def train(args: Args) -> dict[str, float]:
             ends = dones.clone()  # where s'_t is not s_{t+1} of the batch
             ends[-1] = True
             last_obs = next_obs[ends]
-            with torch.no_grad():  # by the code of log π_θ, so that ρ is 1 at first
+            with torch.no_grad():  # not by `act`, whose rounding differs: ρ is 1 at first
                 old_logprobs, _ = agent.policy(obs, actions)
 
             # 3. scale the rewards
@@ -239,7 +239,7 @@ def train(args: Args) -> dict[str, float]:
                 # 4. advantages and returns, with the newest critic
                 with torch.no_grad():
                     values = agent.value(obs)
-                    next_values = values.roll(-1, 0).masked_scatter(ends, agent.value(last_obs))
+                    next_values = values.roll(-1, 0).masked_scatter(ends, agent.value(last_obs))  # V(s'_t)
                 advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
                 returns = advantages + values
                 if epoch == 0:  # the critic has not seen this batch yet
@@ -259,8 +259,8 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics (not before: π_old and π_θ have to see the same), log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(obs, left)
-            metrics = torch.cat([torch.stack(metrics).mean(0), explained[None]])
-            run.end_iteration(METRICS, [metrics], learning_rate)
+            row = torch.cat([torch.stack(metrics).mean(0), explained[None]])
+            run.end_iteration(METRICS, [row], learning_rate)
         return run.finish()
 
 

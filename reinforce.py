@@ -15,7 +15,7 @@ so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
         4. subtract a baseline b that does not depend on the action: the same expectation, less variance
         5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), with importance weights
            after the first; for the baseline `value` then critic_epochs Adam steps on mean (V(s_t) − G_t)²
-        6. update the observation statistics, less as the rate falls, or π cannot follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
 
 Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which everybody uses, weights it with
 γ^(t'−t) for the action at t: late actions count as much as early ones, but it is the gradient of no function
@@ -104,7 +104,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and actions unclipped."""
         output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
         if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
             log_pi = output.log_softmax(-1)
@@ -128,9 +128,9 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
+        """Returns act(obs, noise), the actor in NumPy (change both), until an update; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
-        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
@@ -278,7 +278,7 @@ def train(args: Args) -> dict[str, float]:
         agent = Agent(envs, args).to(device)
         params = [x for name, x in agent.named_parameters() if "critic" not in name]
         critic_params = list(agent.critic.parameters())
-        flat, critic_flat = flatten(params), flatten(critic_params)
+        flat, critic_flat = flatten(params), flatten(critic_params)  # parameters are views of them
         optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)
         critic_optimizer = torch.optim.Adam([critic_flat], lr=args.critic_learning_rate, eps=1e-5, fused=True)
         recorded = read_demonstrations(envs, args, device) if args.demonstrations else None

@@ -14,7 +14,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              dual         update_epochs Adam steps on −L + λ (KL − ε), then
                           λ ← max(0, λ + dual_step_size (KL − ε)), λ starts at 1
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
-        7. update the observation statistics, less as steps shrink, or π cannot follow; log, evaluate, save
+        7. update the observation statistics, by less as steps shrink, for π to follow; log, evaluate, save
 
 J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old, exactly. L takes the states from π_old, and ρ
 corrects the actions: right to first order (if step t counts γ^t times), so L is good where the KL is small.
@@ -115,7 +115,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # unused if Discrete
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and unclipped actions."""
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and actions unclipped."""
         output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
         if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
             log_pi = output.log_softmax(-1)
@@ -144,9 +144,9 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), valid until an update; noise 0: greedy. Few rows: 9 µs, PyTorch's 43."""
+        """Returns act(obs, noise), the actor in NumPy (change both), until an update; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
-        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)
+        w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
             x = ((obs - norm[0]) * norm[1]).clip(-10, 10) if norm else obs
@@ -165,9 +165,9 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
     assert rewards.shape == values.shape == next_values.shape == terminated.shape == dones.shape
     td_errors = rewards + gamma * next_values * ~terminated - values
     columns = td_errors.T.tolist()  # plain floats: faster than small tensors
-    for column, ends in zip(columns, dones.T.tolist(), strict=True):
+    for column, done in zip(columns, dones.T.tolist(), strict=True):
         for t in reversed(range(len(column) - 1)):
-            column[t] += gamma * gae_lambda * (not ends[t]) * column[t + 1]
+            column[t] += gamma * gae_lambda * (not done[t]) * column[t + 1]
     return torch.tensor(columns, dtype=values.dtype, device=values.device).T
 
 
@@ -263,7 +263,7 @@ def critic_loss(agent: Agent, obs: Tensor, returns: Tensor) -> Tensor:
     return nn.functional.mse_loss(values, returns)
 
 
-METRICS = (
+METRICS = (  # in the order in which `train` has their values
     "losses/policy_loss", "losses/entropy", "losses/approx_kl", "losses/kl", "losses/grad_norm",
     "losses/improvement", "losses/accepted_fraction", "losses/step_size", "losses/value_loss",
     "losses/explained_variance", "losses/multiplier",
@@ -279,7 +279,7 @@ def train(args: Args) -> dict[str, float]:
         return_norm = RunningNorm().to(device)
         params = [x for name, x in agent.named_parameters() if "critic" not in name]
         critic_params = list(agent.critic.parameters())
-        theta, critic_flat = flatten(params), flatten(critic_params)
+        theta, critic_flat = flatten(params), flatten(critic_params)  # parameters are views of them
         critic_optimizer = torch.optim.Adam([critic_flat], lr=args.critic_learning_rate, eps=1e-5, fused=True)
         optimizer = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)  # of the dual
         agent.multiplier = nn.Buffer(torch.ones((), device=device))  # λ
@@ -296,7 +296,7 @@ def train(args: Args) -> dict[str, float]:
 
             # 2. run the policy
             act, steps = agent.in_numpy(), []
-            for noise in agent.noise(args.num_steps, args.num_envs):
+            for noise in agent.noise(args.num_steps, args.num_envs):  # t = 0 ... T - 1
                 obs = envs.obs
                 actions = act(obs, noise)
                 steps.append((obs, actions, *envs.step(actions)))

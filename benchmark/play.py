@@ -64,9 +64,8 @@ def play(args: Args) -> tuple[list[float], Recorder]:
         script = importlib.import_module(saved["script"])
         flags = script.Args(**saved["args"])
     except Exception as error:
-        missing = isinstance(error, FileNotFoundError)
-        what = "does not exist" if missing else "is damaged, or not a script's checkpoint"
-        print(f"play: {path} {what}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        print(f"play: {path} cannot be played: {type(error).__name__} {reason}", file=sys.stderr)
         raise SystemExit(2) from None
     with ExitStack() as stack:
         envs = script.Envs(stack, flags, 1)

@@ -57,7 +57,7 @@ class Args:
     envs: tuple[str, ...] = ()  # Gymnasium environments in its place
     peers: bool = False  # add stable-baselines3 with the flags of its zoo
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
-    steps: int = 0  # environment steps of each run in place of the suite's, for a trial; needs --results
+    steps: int = 0  # environment steps of each run in place of the suite's, for a trial; needs --results, --runs
     jobs: int = os.cpu_count() or 1  # processes side by side, one thread each
     executor: Literal["local", "ray"] = "local"  # where they run
     runs: str = "runs/benchmark"  # run directories and logs: <env>/<script>/seed<seed>
@@ -71,8 +71,8 @@ class Args:
                 raise ValueError(f"--scripts: there is no {script}; there are {', '.join(known)}")
         if self.jobs < 1 or self.steps < 0:
             raise ValueError("--jobs must be at least 1, --steps not negative")
-        if self.steps and (ROOT / self.results) == RESULTS:
-            raise ValueError("--steps is for trials, whose results need a folder of their own: --results")
+        if self.steps and (ROOT / self.results == RESULTS or self.runs == Args.runs):
+            raise ValueError("--steps is for trials, which need folders of their own: --results and --runs")
 
     def list_jobs(self) -> list["Job"]:
         """Every (script, environment) gets its first seed before any its second."""
@@ -278,7 +278,7 @@ def main(args: Args) -> None:
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
     for job in set(jobs) - set(todo):
         if json.loads(job.target.read_text())["command"] != shlex.join(job.command):
-            print(f"{job}: its result is of another command; to make it again, delete {job.target}")
+            print(f"{job}: its result is of another command; to make it again, delete {job.target} and {job.directory}")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     failures = sweep(todo, args)

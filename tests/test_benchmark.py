@@ -347,7 +347,7 @@ def test_play_makes_a_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_play_of_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for words in ("does not exist", "is damaged"):
+    for words in ("FileNotFoundError", "UnpicklingError"):
         with pytest.raises(SystemExit, match="2"):
             play.main(play.Args(str(tmp_path)))
         message = capsys.readouterr().err
