@@ -27,10 +27,11 @@ errors of Q that the actor looks for then weigh less, but older policies took th
 Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
 
     python ddpg.py
-    python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 300000 --learning-starts 25000 \
-        --hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs \
-        --no-normalize-rewards --compile
-    (if robots can fall: --lookahead 5 --hidden-size 128 --batch-size 128 --learning-starts 10000, annealed)
+    python ddpg.py --env-id Hopper-v5 --total-timesteps 300000 --lookahead 5 --hidden-size 128 \
+        --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
+        --compile
+    (HalfCheetah-v5, which cannot fall, with --lookahead 1 --hidden-size 256 --batch-size 256
+    --learning-starts 25000 --no-anneal-lr)
 """
 
 import math

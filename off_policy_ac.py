@@ -32,11 +32,12 @@ the first (Barth-Maron et al. 2018, "Distributed Distributional Deterministic Po
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
     python off_policy_ac.py
-    python off_policy_ac.py --env-id HalfCheetah-v5 --total-timesteps 300000 --num-envs 1 \
-        --learning-starts 25000 --hidden-size 256 --batch-size 256 --learning-rate 1e-3 --tau 0.005 \
-        --actor-update reparameterized --num-samples 1 --ent-coef 0.1 --no-anneal-lr --no-normalize-obs \
-        --no-normalize-rewards --compile
-    (if robots can fall: --lookahead 5 --hidden-size 128 --batch-size 128 --learning-starts 10000, annealed)
+    python off_policy_ac.py --env-id Hopper-v5 --total-timesteps 300000 --lookahead 5 --hidden-size 128 \
+        --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
+        --compile --num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 \
+        --ent-coef 0.1
+    (HalfCheetah-v5, which cannot fall, with --lookahead 1 --hidden-size 256 --batch-size 256
+    --learning-starts 25000 --no-anneal-lr)
 """
 
 import math

@@ -53,7 +53,7 @@ class Args:
     """Which runs, and where."""
 
     scripts: tuple[str, ...] = suite.SCRIPTS  # names without .py, variants, and peers such as sb3-ppo
-    suite: Literal["classic", "mujoco"] = "classic"  # a set of environments
+    suite: Literal["classic", "mujoco", "untuned"] = "classic"  # a set of environments
     envs: tuple[str, ...] = ()  # Gymnasium environments in its place
     peers: bool = False  # add stable-baselines3 with the flags of its zoo
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
@@ -146,7 +146,7 @@ def result_of(job: Job, seconds: float) -> dict[str, Any]:
     end, there = max(evaluations), events.Tags()["scalars"]
     tags = [f"losses/{name}" for name in DIAGNOSTICS if f"losses/{name}" in there]
     returns = "charts/episodic_return"  # missing if no episode ended in so short a run
-    packages = ["torch", "gymnasium", "numpy", *(["mujoco"] if job.env in suite.MUJOCO else [])]
+    packages = ["torch", "gymnasium", "numpy", *(["mujoco"] if job.env in (*suite.MUJOCO, "Pusher-v5") else [])]
     packages += ["stable-baselines3", "sb3-contrib"] if job.script in suite.PEERS else []
     return {
         "command": shlex.join(job.command),

@@ -431,9 +431,9 @@ def test_bias_and_variance(tmp_path: Path) -> None:
     assert tables["fitted to 20 rollouts"]["λ = 1"][0] == 0  # against itself
 
 
-@pytest.mark.parametrize("script", suite.CONTINUOUS)
+@pytest.mark.parametrize("script", suite.SCRIPTS)
 def test_the_flags_for_a_box_are_the_second_command_of_the_docstring(script: str) -> None:
     text = importlib.import_module(script).__doc__.replace("\\\n", "")
     command = text.split(f"python {script}.py")[2].split("\n")[0].split()
-    assert command[4:] == suite.CONTINUOUS[script].split()
-    assert command[:4] == ["--env-id", "HalfCheetah-v5", "--total-timesteps", "1000000"]
+    env, steps = command[1], str(suite.budget(script, command[1]))
+    assert command == ["--env-id", env, "--total-timesteps", steps, *suite.flags(script, env).split()]
