@@ -73,7 +73,7 @@ class Args:
     eval_episodes: int = 20  # of the greedy policy; 0: no evaluation
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
-    num_steps: int = 64  # steps of each environment in a batch, T
+    num_steps: int = 256  # steps of each environment in a batch, T
     step_rule: Literal["kl", "fixed"] = "kl"  # α of the policy's step: it costs max_kl, or is step_size
     max_kl: float = 0.02  # ε: what a step of the policy may cost, in mean KL(π_old‖π)
     step_size: float = 0.1  # α of --step-rule fixed
@@ -84,7 +84,7 @@ class Args:
     gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 10  # passes of V over each batch
-    num_minibatches: int = 4  # in a pass; must divide num_steps x num_envs
+    num_minibatches: int = 16  # in a pass; must divide num_steps x num_envs
     ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch
     normalize_obs: bool = False  # by the running mean and deviation

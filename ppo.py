@@ -63,15 +63,15 @@ class Args:
     eval_episodes: int = 20  # of the greedy policy; 0: no evaluation
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
-    num_steps: int = 64  # steps of each environment in a batch, T
+    num_steps: int = 256  # steps of each environment in a batch, T
     learning_rate: float = 1e-3  # Adam's step size
     anneal_lr: bool = True  # lower the step sizes linearly, to 0 at the end
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE: 0 is one step, 1 is Monte Carlo
-    update_epochs: int = 4  # passes over each batch
-    num_minibatches: int = 4  # in a pass; must divide num_steps x num_envs
+    update_epochs: int = 10  # passes over each batch
+    num_minibatches: int = 16  # in a pass; must divide num_steps x num_envs
     clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio out of [1 - ε, 1 + ε]
-    ent_coef: float = 0.02  # weight of the entropy bonus
+    ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # a longer gradient is scaled down to this norm
     target_kl: float = 0.0  # no further epoch after one with a mean approx_kl above this; 0: off

@@ -53,7 +53,7 @@ class Args:
     """Which runs, and where."""
 
     scripts: tuple[str, ...] = suite.SCRIPTS  # names without .py, variants, and peers such as sb3-ppo
-    suite: Literal["classic", "mujoco", "untuned"] = "classic"  # a set of environments
+    suite: Literal["classic", "mujoco", "others"] = "classic"  # a set of environments
     envs: tuple[str, ...] = ()  # Gymnasium environments in its place
     peers: bool = False  # add stable-baselines3 with the flags of its zoo
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each

@@ -11,8 +11,8 @@ which benchmark/peers.py runs.
 SCRIPTS = ("reinforce", "actor_critic", "a2c", "off_policy_ac", "ddpg", "npg", "trpo", "ppo")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1")
 MUJOCO = ("InvertedPendulum-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
-UNTUNED = ("Pusher-v5", "BipedalWalker-v3", "LunarLanderContinuous-v3", "LunarLander-v3")  # had no say in any setting
-SUITES = {"classic": CLASSIC, "mujoco": MUJOCO, "untuned": UNTUNED}
+OTHERS = ("Pusher-v5", "BipedalWalker-v3", "LunarLanderContinuous-v3", "LunarLander-v3")  # none had a say for a Box
+SUITES = {"classic": CLASSIC, "mujoco": MUJOCO, "others": OTHERS}
 DISCRETE = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3")  # DDPG needs an action to differentiate by
 ZOO = ("sb3-a2c", "sb3-ddpg", "sb3-trpo", "sb3-ppo")  # peers with the hyperparameters of their zoo
 PEERS = (*ZOO, "sb3-a2c-defaults", "sb3-trpo-defaults", "sb3-ppo-defaults")
@@ -63,7 +63,7 @@ REPLAY = (
 )
 ONE_DRAW = "--num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # MuJoCo
 FLAGS = {
-    **{(script, env): flags for script, flags in CONTINUOUS.items() for env in ("Pendulum-v1", *MUJOCO, *UNTUNED[:3])},
+    **{(script, env): flags for script, flags in CONTINUOUS.items() for env in ("Pendulum-v1", *MUJOCO, *OTHERS[:3])},
     # With --normalize-obs both solve it within 100,000 steps, and lose it again: footnote 2 of README.md here
     **{(x, "InvertedPendulum-v5"): CONTINUOUS[x].replace(" --normalize-obs", "") for x in ("npg", "trpo")},
     ("actor_critic-online", "CartPole-v1"): (
@@ -127,7 +127,7 @@ def applies(script: str, env: str) -> bool:
 def budget(script: str, env: str) -> int:
     """Environment steps of a run; a peer has those of the script it is compared with."""
     compared = script.removeprefix("sb3-").removesuffix("-defaults")
-    return STEPS.get((compared, env), 1_000_000 if env in MUJOCO else 200_000 if env in UNTUNED else 300_000)
+    return STEPS.get((compared, env), 1_000_000 if env in MUJOCO else 200_000 if env in OTHERS else 300_000)
 
 
 def command(script: str, env: str, seed: int, steps: int = 0) -> list[str]:

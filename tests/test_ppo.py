@@ -170,8 +170,9 @@ KINDS = [
 @pytest.mark.parametrize("changes", KINDS, ids=lambda changes: "-".join(changes))
 def test_a_run_can_be_retraced_by_a_second_road(space, changes):
     """Loops, separate parameters, backward(); what train() hands to its loss is compared on the way."""
-    flags = {"num_envs": 3, "num_steps": 8, "update_epochs": 3, "total_timesteps": 192, "learning_rate": 0.02}
-    flags |= {"env_id": f"Tabular{type(space).__name__}-v0", "gamma": 0.9, "gae_lambda": 0.7, "device": "cpu"}
+    flags = {"num_envs": 3, "num_steps": 8, "num_minibatches": 4, "update_epochs": 3, "total_timesteps": 192}
+    flags |= {"learning_rate": 0.02, "gamma": 0.9, "gae_lambda": 0.7, "ent_coef": 0.02, "device": "cpu"}
+    flags |= {"env_id": f"Tabular{type(space).__name__}-v0"}
     args, epochs, clipped = ppo.Args(**flags | changes), [], 0
     agent = new_agent(ppo, space, normalize_obs=args.normalize_obs)
     other = copy.deepcopy(agent)

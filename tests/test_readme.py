@@ -82,6 +82,17 @@ def test_what_the_settings_cost_is_that_of_the_results():
         ]
 
 
+def test_returns_on_other_environments_are_those_of_the_results():
+    found = {(row["script"], row["env"]): row["returns"] for row in load("others.json")}
+    for script in dict.fromkeys(script for script, _ in found if not script.startswith("sb3")):
+        cells = []
+        for env in suite.OTHERS:
+            both = (found.get((name, env)) for name in (script, f"sb3-{script}-defaults"))
+            ours, theirs = (returns and f"{mean(returns):.0f}" for returns in both)
+            cells.append((ours or "") + (f" ({theirs})" if theirs else ""))
+        assert f"| `{script}.py` | {' | '.join(cells)} |".replace("-", "−") in BENCHMARK.replace("-", "−")
+
+
 def test_verdicts_are_those_of_the_report():
     words = ("beaten", "equal", "below")
     verdicts = {(row[1], row[0]): row[6] for row in REPORT if len(row) == 7 and row[6] in words}

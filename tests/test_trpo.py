@@ -99,7 +99,8 @@ def test_dual_ascent_by_hand():
 def follow(module, space, **flags):
     """The flags, the agent as it begins, and what the shipped train() does."""
     tiny = {"env_id": f"Tabular{type(space).__name__}-v0", "num_envs": 2, "num_steps": 20, "device": "cpu"}
-    args = module.Args(**tiny | {"total_timesteps": 160, "hidden_size": 3, "critic_epochs": 2} | flags)
+    tiny |= {"total_timesteps": 160, "num_minibatches": 4, "hidden_size": 3, "critic_epochs": 2}
+    args = module.Args(**tiny | flags)
     agent = new_agent(module, space, hidden_size=3, normalize_obs=args.normalize_obs)
     return args, copy.deepcopy(agent), watch(module, agent, "surrogate_loss", args)
 
