@@ -37,6 +37,7 @@ Compare with reinforce.py, which waits for whole episodes, and a2c.py: short rol
 
 import math
 import os
+import random
 import shlex
 import signal
 import sys
@@ -382,7 +383,7 @@ def say(line):
 
 def fail(sentence, status=2):
     """Exits; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {sentence}".splitlines()[0], file=sys.stderr)
+    print(f"{SCRIPT}: {' '.join(sentence.split())[:2000]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -391,7 +392,7 @@ def check_ranges(args):
     for name, field in args.__dataclass_fields__.items():
         most = {"gamma": 1, "gae_lambda": 1, "hidden_size": 10_000}.get(name, 2**31 - 1)
         least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
-        least = -100 if name == "log_std_init" else int(least)
+        least = {"log_std_init": -100, "max_grad_norm": 1e-6}.get(name, int(least))
         value = getattr(args, name)
         if not isinstance(value, str) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
@@ -423,31 +424,36 @@ class Envs:
         options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
             self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError) as error:
             fail(f"--env-id {self.name}: {error}")
         self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
         self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
         floats = isinstance(self.space, Box) and self.space.dtype.kind == "f"
         if not (self.one_hot or isinstance(self.obs_space, Box)) or not (self.discrete or floats):
             known = "Box or Discrete observations, Discrete actions (not in ddpg.py) or a Box of floats"
-            fail(f"{self.name} has observations {self.obs_space}, actions {self.space}; known are {known}")
+            fail(f"{known} are known; {self.name} has actions {self.space}, observations {self.obs_space}")
         self.obs_dim, self.action_dim = flatdim(self.obs_space), flatdim(self.space)
         if floats:
             low, high = self.space.low, self.space.high
-            bounded = np.maximum(-low, high) < min(float(np.finfo(low.dtype).max), 1e30)  # else: no bound
-            low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+            most = min(float(np.finfo(low.dtype).max), 1e30)  # from here on: no bound
+            low = np.where(-low < most, low, np.where(high < most, high - 2, -1))
+            high = np.where(high < most, high, low + 2)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
 
     def row(self, obs):
         """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
         obs = np.asarray(obs)
-        if obs.shape != self.obs_space.shape:
-            fail(f"{self.name} returned an observation of shape {obs.shape} for {self.obs_space}", 1)
-        return np.arange(self.obs_dim) == obs - self.obs_space.start if self.one_hot else obs.ravel()
+        start = self.obs_space.start if self.one_hot else 0
+        if obs.shape != self.obs_space.shape or (self.one_hot and not start <= obs < start + self.obs_dim):
+            what = obs if obs.shape == self.obs_space.shape else f"of shape {obs.shape}"
+            fail(f"{self.name} returned an observation {what} for {self.obs_space}", 1)
+        return np.arange(self.obs_dim) == obs - start if self.one_hot else obs.ravel()
 
     def reset(self, *stream):
         """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
         seeds = np.random.SeedSequence(stream).generate_state(self.first + len(self.envs))[self.first :] >> 1
+        random.seed(int(seeds[0]))  # for environments that draw from these two
+        np.random.seed(seeds[0])
         obs = [self.row(env.reset(seed=int(seed))[0]) for env, seed in zip(self.envs, seeds, strict=True)]
         self.obs = np.array(obs, np.float32)
         self.episodes = [(0.0, 0, 0.0)] * len(self.envs)  # return, length, r_t + γ r_{t-1} + γ² r_{t-2} + ...
@@ -458,7 +464,7 @@ class Envs:
             actions = actions + self.space.start
         else:
             if not np.isfinite(actions).all():
-                fail(f"an action of the policy is not finite at step {self.steps:,}", 1)
+                fail(f"an observation, or an action of the policy, is not finite at step {self.steps:,}", 1)
             actions = actions.reshape(-1, *self.space.shape) * self.scale + self.shift
             actions = actions.clip(self.space.low, self.space.high)
         actions, next_obs = actions.astype(self.space.dtype), self.obs.copy()
@@ -491,6 +497,7 @@ class Run(ExitStack):
         """Begins in a new directory, or goes on from a checkpoint, which holds the state of all `parts`."""
         self.args, self.envs, self.parts, self.metrics, self.pending = args, envs, parts, {}, []
         self.step = self.iteration = self.signal = 0
+        self.pid = os.getpid()
         name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
         self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
         self.path = self.dir / "checkpoint.pt"
@@ -498,6 +505,8 @@ class Run(ExitStack):
             fail("--resume needs --run-dir, the run to continue")
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+            if not os.access(self.dir, os.W_OK):
+                raise PermissionError("it cannot be written")
             if any(self.dir.iterdir()) and not args.resume:
                 raise FileExistsError("it is not empty; --resume continues its run")
             if self.path.exists():
@@ -520,6 +529,10 @@ class Run(ExitStack):
         self.signal = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != self.pid:  # an environment's process, forked from this one, ends
+            os.kill(os.getpid(), signum)
+        with suppress(OSError):
+            os.write(1, b"stopping after this iteration; once more: at once\n")
 
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
@@ -557,9 +570,8 @@ class Run(ExitStack):
         left = max(0, args.total_timesteps - self.step)
         if left and not self.signal and self.step < before + log_interval:
             return
-        means = {}
-        if self.pending:
-            means = dict(zip(tags, torch.stack(self.pending).mean(0).tolist(), strict=True))
+        values = torch.stack(self.pending).mean(0).tolist() if self.pending else []
+        means = dict(zip(tags, values, strict=bool(values)))
         if broken := [tag for tag, value in means.items() if not math.isfinite(value)]:
             fail(f"{broken[0]} is not finite at step {self.step:,}; the last checkpoint stays as it was", 1)
         for step, episodic_return, length in self.envs.ended:
@@ -582,6 +594,9 @@ class Run(ExitStack):
         if not self.args.eval_episodes or self.signal:
             return
         with ExitStack() as stack:
+            stack.callback(random.setstate, random.getstate())  # of which the environment may draw
+            stack.callback(np.random.set_state, np.random.get_state())
+            stack.callback(torch.set_rng_state, torch.get_rng_state())
             envs = Envs(stack, self.args, 1)
             envs.reset(self.args.seed, 1)
             act = self.parts["agent"].in_numpy()

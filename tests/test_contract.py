@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import runpy
 import shutil
@@ -90,7 +91,7 @@ class Toy(gym.Env):
         Toy.made.append(self)
 
     def same_array(self):
-        self.array[:] = self.np_random.normal(5, 3, 3)
+        self.array[:] = self.np_random.normal(4, 3, 3) + random.random() + np.random.rand() + torch.rand(()).item()
         return self.array
 
     def reset(self, *, seed=None, options=None):
@@ -145,6 +146,7 @@ KINDS = {
     "Inf-v0": {"flaw": lambda obs, reward, *more: (obs, -math.inf, *more)},
     "Loss-v0": {"flaw": lambda obs, reward, *more: (obs, 1e30, *more)},
     "Narrow-v0": {"flaw": lambda obs, *more: (obs[:1], *more)}, "Four-v0": {"flaw": lambda *all: all[:4]},
+    "Seventh-v0": {"flaw": lambda obs, *more: (np.int64(7), *more), "obs": Discrete(3)},
     "List-v0": {"flaw": lambda obs, *more: (obs.tolist(), *more)},
     **{f"Reward{i}-v0": {"reward": reward, "length": 20} for i, reward in enumerate(REWARDS)},
     **{env_id: {"obs": obs, "action": act} for env_id, (obs, act) in (SUPPORTED | UNSUPPORTED).items()},
@@ -368,13 +370,16 @@ def test_bad_input_is_refused_in_one_sentence(name):
     bad = [("env_id", each) for each in envs] + [("device", each) for each in ("tpu", "cuda:99", "cuda:x")]
     for flag, value in bad + [("run_dir", each) for each in ("file", "file/below", "full", "x" * 999)]:
         refused(name, value, *["off_policy_ac.py"] * (value == "Start-v0"), **{flag: value})
+    with mock.patch.object(os, "access", return_value=False):
+        refused(name, "PermissionError", run_dir="full")
     for word in (TABLE[name].bad, "--typo=1", "--gamma=nan", "--seed=1.5"):
         refused(name, word.split("=")[0], words=[word])
     args = importlib.import_module(name).Args
     for field in fields(args):
         least = 1 - field.name.startswith(("seed", "max_episode", "checkpoint", "eval"))
         numbers = {int: [-1, least - 1], float: [math.nan, math.inf, -1.0]}.get(field.type, [])
-        numbers += {"gamma": [1.001], "gae_lambda": [1.001], "hidden_size": [10_001]}.get(field.name, [])
+        beyond = {"gamma": [1.001], "gae_lambda": [1.001], "hidden_size": [10_001], "max_grad_norm": [0.0]}
+        numbers += beyond.get(field.name, [])
         for number in numbers:
             if field.name != "log_std_init" or number != -1.0:
                 with pytest.raises(ValueError, match=field.name.replace("_", "-")):
@@ -386,14 +391,14 @@ def test_bad_input_is_refused_in_one_sentence(name):
     assert contents() == before
 
 
-@pytest.mark.parametrize("flaw", ["NaN", "Restart", "Inf", "Loss", "Narrow"])
+@pytest.mark.parametrize("flaw", ["NaN", "Restart", "Inf", "Loss", "Narrow", "Seventh"])
 def test_a_bad_observation_reward_or_loss_ends_the_run(name, flaw):
     told = {"NaN": ["obs"], "Restart": [], "Inf": ["reward"], "Loss": ["losses/"], "Narrow": ["Narrow-v0", "(1,)"]}
     flags = {"checkpoint_every": 64, "total_timesteps": 2000, "normalize": False, "env_id": f"{flaw}-v0"}
     if flaw == "Restart" and name in ("ddpg", "off_policy_ac"):  # nobody asks the policy, nothing is learnt
         flags |= {"learning_starts": 1000, "normalize": True}
-    err = refused(name, *told[flaw], status=1, **flags)
-    assert flaw == "Narrow" or 151 <= int(re.search(r"step ([\d,]+)", err)[1]) <= Toy.clock
+    err = refused(name, *told.get(flaw, ["observation 7 for Discrete(3)"]), status=1, **flags)
+    assert flaw in ("Narrow", "Seventh") or 151 <= int(re.search(r"step ([\d,]+)", err)[1]) <= Toy.clock
     assert 64 <= state()["step"] <= 152
     assert all(x.isfinite().all() for x in tree_flatten(state())[0] if isinstance(x, torch.Tensor))
 
@@ -430,7 +435,9 @@ def test_supported_spaces_run(name, env_id, monkeypatch):
             space, unit = toy.action_space, np.reshape(actions[i], toy.action_space.shape)
             if isinstance(space, Box):
                 low, high = (np.where(abs(x) < 1e30, x, np.nan) for x in (space.low, space.high))
-                mapped = np.where(np.isfinite(low + high), (low + high) / 2 + (high - low) / 2 * unit, unit)
+                width = np.where(np.isfinite(high - low), high - low, 2)  # one bound is ±1, too
+                middle = np.nan_to_num(np.where(np.isfinite(low), low + width / 2, high - width / 2))
+                mapped = middle + width / 2 * unit
                 assert action == pytest.approx(mapped.clip(space.low, space.high), rel=1e-2, abs=1e-2)
             else:
                 assert action == unit + space.start
