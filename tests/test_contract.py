@@ -462,7 +462,7 @@ def test_rewards_of_any_type_are_summed_in_double_precision(name):
 
 
 def test_evaluation_is_right_and_changes_nothing(name):
-    flags = {"total_timesteps": 400, "checkpoint_every": 128, "normalize": True}
+    flags = {"total_timesteps": 400, "checkpoint_every": 256, "normalize": True}
     train(name, "off", **flags)
     training, Toy.made = Toy.made, []
     train(name, "on", eval_every=100, eval_episodes=3, **flags)
@@ -474,7 +474,7 @@ def test_evaluation_is_right_and_changes_nothing(name):
     assert np.array(found) == pytest.approx(truth, rel=1e-5)
     seeds, eval_seeds = ([seed for env in envs for seed in env.seeds] for envs in (training, Toy.made[2:]))
     assert (len(evaluations) >= 3, len(set(eval_seeds)), max(seeds + eval_seeds) < 2**31) == (True, 1, True)
-    assert len(set(seeds) - set(eval_seeds)) == len(seeds) >= 6
+    assert len(set(seeds) - set(eval_seeds)) == len(seeds) >= 4
     train(name, "greedy", env_id="One-v0", eval_episodes=2)
     assert len({str(action) for action, *_ in Toy.made[-1].record}) == 1  # from one observation
 
