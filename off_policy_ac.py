@@ -508,7 +508,7 @@ def say(line):
 
 def fail(sentence, status=2):
     """Exits; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {' '.join(sentence.split())[:2000]}", file=sys.stderr)
+    print(f"{SCRIPT}: {' '.join(sentence.split())[:600]}", file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -368,7 +368,7 @@ def test_bad_input_is_refused_in_one_sentence(name):
     Path("full/something").mkdir(parents=True)
     before, envs = contents(), ["CartPol-v1", "no_such:A-v0", *UNSUPPORTED, *["Start-v0"] * (name == "ddpg")]
     bad = [("env_id", each) for each in envs] + [("device", each) for each in ("tpu", "cuda:99", "cuda:x")]
-    for flag, value in bad + [("run_dir", each) for each in ("file", "file/below", "full", "x" * 999)]:
+    for flag, value in bad + [("run_dir", each) for each in ("file", "file/below", "full", "x" * 300)]:
         refused(name, value, *["off_policy_ac.py"] * (value == "Start-v0"), **{flag: value})
     with mock.patch.object(os, "access", return_value=False):
         refused(name, "PermissionError", run_dir="full")
