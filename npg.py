@@ -109,7 +109,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: a length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Agent(nn.Module):
         return self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim) and actions unclipped."""
+        """log π(a|s) and the entropy H of π(·|s), (...), for obs (..., obs_dim), unclipped actions."""
         output = self.actor(self.obs_norm(obs))  # logits z(s), or means μ(s)
         if self.discrete:  # π(a|s) = exp z_a / Σ_b exp z_b,  H = −Σ_b π(b|s) log π(b|s)
             log_pi = output.log_softmax(-1)
@@ -138,7 +138,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise), the actor in NumPy (change both), until an update; noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor in NumPy (change both); 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -389,7 +389,7 @@ def say(line):
 
 def fail(sentence, status=2):
     """Exits; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {' '.join(sentence.split())[:600]}", file=sys.stderr)
+    print(f"{SCRIPT}: {' '.join(sentence.splitlines())[:2000]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -430,7 +430,7 @@ class Envs:
         options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
             self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
-        except (gym.error.Error, ImportError, TypeError) as error:
+        except (gym.error.Error, ImportError) as error:
             fail(f"--env-id {self.name}: {error}")
         self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
         self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
@@ -442,6 +442,7 @@ class Envs:
         if floats:
             low, high = self.space.low, self.space.high
             most = min(float(np.finfo(low.dtype).max), 1e30)  # from here on: no bound
+            self.bounded = np.maximum(-low, high).max(initial=0) < most
             low = np.where(-low < most, low, np.where(high < most, high - 2, -1))
             high = np.where(high < most, high, low + 2)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
@@ -449,11 +450,11 @@ class Envs:
     def row(self, obs):
         """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
         obs = np.asarray(obs)
-        start = self.obs_space.start if self.one_hot else 0
-        if obs.shape != self.obs_space.shape or (self.one_hot and not start <= obs < start + self.obs_dim):
+        state = obs.item() - int(self.obs_space.start) if self.one_hot and obs.size == 1 else 0
+        if obs.shape != self.obs_space.shape or (self.one_hot and state not in range(self.obs_dim)):
             what = obs if obs.shape == self.obs_space.shape else f"of shape {obs.shape}"
             fail(f"{self.name} returned an observation {what} for {self.obs_space}", 1)
-        return np.arange(self.obs_dim) == obs - start if self.one_hot else obs.ravel()
+        return np.arange(self.obs_dim) == state if self.one_hot else obs.ravel()
 
     def reset(self, *stream):
         """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
@@ -537,8 +538,8 @@ class Run(ExitStack):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self.pid:  # an environment's process, forked from this one, ends
             os.kill(os.getpid(), signum)
-        with suppress(OSError):
-            os.write(1, b"stopping after this iteration; once more: at once\n")
+        with suppress(OSError, ValueError, AttributeError):  # print() cannot be interrupted by itself
+            os.write(sys.stdout.fileno(), b"stopping after this iteration; once more: at once\n")
 
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""

@@ -171,7 +171,7 @@ class Agent(nn.Module):
         return mean + log_std.exp() * noise
 
     def in_numpy(self, squash: bool = True):
-        """Returns act(obs, noise), in NumPy (change both), until an update; noise 0: greedy; u or tanh(u)."""
+        """Returns act(obs, noise), valid until an update: u, or tanh(u) if squash, in NumPy (change both)."""
         w1, b1, w2, b2, w3, b3, *norm = to_numpy(*self.actor.parameters(), *[*self.obs_norm.buffers()][-2:])
 
         def act(obs, noise):  # (N, obs_dim) to (N,) if Discrete, else to (N, action_dim)
@@ -372,8 +372,8 @@ def train(args: Args) -> dict[str, float]:
         buffer = ReplayBuffer(args.buffer_size, [envs.obs_dim, action_width, 1, 1, envs.obs_dim, 1], device)
         optimizers = {"optimizer": optimizer, "critic_optimizer": critic_optimizer}
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
-        if not envs.discrete and not np.isfinite([envs.space.low, envs.space.high]).all():
-            say("where the environment has no bounds, actions stay in [-1, 1] all the same")
+        if not envs.discrete and not envs.bounded:
+            say("actions stay within 2 of the one bound that they have, or in [-1, 1] if they have none")
         if args.learning_starts > min(args.total_timesteps, args.buffer_size):
             say("nothing will be learnt: --learning-starts is not reached")
 
@@ -508,7 +508,7 @@ def say(line):
 
 def fail(sentence, status=2):
     """Exits; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {' '.join(sentence.split())[:600]}", file=sys.stderr)
+    print(f"{SCRIPT}: {' '.join(sentence.splitlines())[:2000]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -549,7 +549,7 @@ class Envs:
         options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
             self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
-        except (gym.error.Error, ImportError, TypeError) as error:
+        except (gym.error.Error, ImportError) as error:
             fail(f"--env-id {self.name}: {error}")
         self.obs_space, self.space = self.envs[0].observation_space, self.envs[0].action_space
         self.one_hot, self.discrete = isinstance(self.obs_space, Discrete), isinstance(self.space, Discrete)
@@ -561,6 +561,7 @@ class Envs:
         if floats:
             low, high = self.space.low, self.space.high
             most = min(float(np.finfo(low.dtype).max), 1e30)  # from here on: no bound
+            self.bounded = np.maximum(-low, high).max(initial=0) < most
             low = np.where(-low < most, low, np.where(high < most, high - 2, -1))
             high = np.where(high < most, high, low + 2)
             self.scale, self.shift = high / 2 - low / 2, high / 2 + low / 2
@@ -568,11 +569,11 @@ class Envs:
     def row(self, obs):
         """An observation as (obs_dim,): a Box flattened, a Discrete one-hot."""
         obs = np.asarray(obs)
-        start = self.obs_space.start if self.one_hot else 0
-        if obs.shape != self.obs_space.shape or (self.one_hot and not start <= obs < start + self.obs_dim):
+        state = obs.item() - int(self.obs_space.start) if self.one_hot and obs.size == 1 else 0
+        if obs.shape != self.obs_space.shape or (self.one_hot and state not in range(self.obs_dim)):
             what = obs if obs.shape == self.obs_space.shape else f"of shape {obs.shape}"
             fail(f"{self.name} returned an observation {what} for {self.obs_space}", 1)
-        return np.arange(self.obs_dim) == obs - start if self.one_hot else obs.ravel()
+        return np.arange(self.obs_dim) == state if self.one_hot else obs.ravel()
 
     def reset(self, *stream):
         """Starts new episodes, with seeds below 2³¹ that are made of the numbers in `stream`."""
@@ -656,8 +657,8 @@ class Run(ExitStack):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self.pid:  # an environment's process, forked from this one, ends
             os.kill(os.getpid(), signum)
-        with suppress(OSError):
-            os.write(1, b"stopping after this iteration; once more: at once\n")
+        with suppress(OSError, ValueError, AttributeError):  # print() cannot be interrupted by itself
+            os.write(sys.stdout.fileno(), b"stopping after this iteration; once more: at once\n")
 
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""

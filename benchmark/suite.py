@@ -1,6 +1,6 @@
 """What is run: environments, budgets and flags.
 
-Each script has two settings: its defaults, and for a Box (off_policy_ac and ddpg: for MuJoCo) the second command of its
+Each script has two settings: its defaults, and for a Box (off_policy_ac and ddpg: for MUJOCO) the second command of its
 docstring. They were compared on seeds from 11 on, which are not among those that are reported (1 to 5); README.md says
 where bad results on the latter were the reason to look further, and why there are exceptions.
 
