@@ -229,7 +229,8 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
         assert {"charts/episodic_return", "charts/SPS", "losses/entropy"} <= {*events.Tags()["scalars"]}
         curve = {str(event.step): event.value for event in events.Scalars("eval/episodic_return")}
         assert curve == pytest.approx(found["evaluations"], abs=1e-3)
-        assert len(curve) in (19, 20)  # the signal ends an evaluation that is under way
+        most = {"a2c": 20, "ppo": 10}[script]  # at the end of a batch
+        assert len(curve) in (most - 1, most)  # the signal ends an evaluation that is under way
         kinds = {path.name.split(".")[0] for path in (runs / script / "seed1").iterdir()}
         assert kinds == {"events", "checkpoint"}
         session = EventAccumulator(str(tmp_path / "runs" / "hparams" / CARTPOLE / script / "seed1")).Reload()
