@@ -197,17 +197,18 @@ def train(args: Args) -> dict[str, float]:
     """Runs A2C or A3C; returns the last value of each metric, the evaluated return among them."""
     rank, processes = 0, 1
     if dist.is_torchelastic_launched():  # by torchrun
-        if args.device != "cpu" and torch.cuda.is_available():
-            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group()
+        gpu = args.device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
         if args.asynchronous or args.num_envs % processes:
             fail(f"torchrun needs a --num-envs that {processes} divides, and no --asynchronous")
+        if gpu:
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
     share = args.num_envs // processes  # of the environments
     max_norm = args.max_grad_norm if processes == 1 else math.inf  # of a gradient before it is averaged
     device = set_up(replace(args, device="cpu") if args.asynchronous else args)
     with Run() as run:
-        if processes > 1:
+        if dist.is_initialized():
             run.callback(dist.destroy_process_group)  # an exit without it can crash
         if rank:  # only the first process is heard; this one writes to a folder that goes
             sys.stdout, folder = None, run.enter_context(tempfile.TemporaryDirectory())

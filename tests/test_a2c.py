@@ -93,9 +93,9 @@ gym.register("Recorder-v0", "test_a2c:Recorder")
 
 def train(run_dir, **flags):
     short = {"eval_episodes": 0, "checkpoint_every": 0, "num_envs": 4, "num_steps": 8, "hidden_size": 16}
-    short |= {"env_id": "test_a2c:Recorder-v0", "run_dir": str(run_dir)} | flags
+    short |= {"env_id": "test_a2c:Recorder-v0", "run_dir": str(run_dir), "device": "cpu"} | flags
     Recorder.copies.clear()
-    return a2c.train(a2c.Args(device="cpu", **short))
+    return a2c.train(a2c.Args(**short))
 
 
 def saved(run_dir):
@@ -365,14 +365,18 @@ def test_torchrun_is_the_single_process(tmp_path):
     assert {path.parent for path in tmp_path.rglob("checkpoint.pt")} == {tmp_path / "single", run_dir}
 
 
-@pytest.mark.parametrize("flags", [{"num_envs": 3}, {"asynchronous": True}])
+@pytest.mark.parametrize("flags", [{"num_envs": 3}, {"asynchronous": True, "device": "auto"}])
 def test_torchrun_refuses_what_it_cannot_share(flags, tmp_path, monkeypatch, capsys):
-    fakes = {"is_torchelastic_launched": True, "init_process_group": None, "get_rank": 0, "get_world_size": 2}
+    """With a GPU, PyTorch's default backend would know no tensors of the CPU, where --device cpu has all."""
+    fakes = {"is_torchelastic_launched": True, "get_rank": 0, "get_world_size": 2}
     for name, value in fakes.items():
         monkeypatch.setattr(a2c.dist, name, lambda value=value: value)
+    monkeypatch.setattr(a2c.dist, "init_process_group", (backends := []).append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit, match=r"^2$"):
         train(tmp_path / "run", **flags)
     assert "torchrun needs a --num-envs that 2 divides" in capsys.readouterr().err
+    assert backends == ["cpu:gloo,cuda:nccl" if "device" in flags else "gloo"]
     assert not (tmp_path / "run").exists()
 
 
