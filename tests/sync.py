@@ -3,8 +3,7 @@
     python tests/sync.py NAME --from ppo.py    copies a definition to the other scripts that have it
     python tests/sync.py --check               prints what differs, and exits with 1 if anything does
 
-NAME is a function, a class, a constant, `main` (if __name__ ...) or `metadata`. A script without
-metadata at its end is of the first edition, and is left alone.
+NAME is a function, a class, a constant, `main` (if __name__ ...) or `metadata`.
 """
 
 import argparse
@@ -14,12 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = "# /// script\n"
-
-
-def converted() -> dict[str, str]:
-    """The texts of the scripts of the second edition, under their names."""
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
-    return {name: text for name, text in texts.items() if BLOCK in text.splitlines(keepends=True)[-10:]}
 
 
 def parts(text: str) -> dict[str, str]:
@@ -40,7 +33,8 @@ def main() -> None:
     parser.add_argument("name", nargs="?")
     parser.add_argument("--from", dest="source")
     parser.add_argument("--check", action="store_true")
-    options, texts, first, diffs = parser.parse_args(), converted(), {}, []
+    options, first, diffs = parser.parse_args(), {}, []
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
     wanted = parts(texts[options.source]).get(options.name) if options.source in texts else None
     if not options.check and not wanted:
         parser.error("give --check, or a NAME and the script that has it")
