@@ -287,8 +287,7 @@ def train(args: Args) -> dict[str, float]:
 
 def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, reports):
     """Worker k of A3C (Algorithm S3): acts with a copy θ' of the shared θ, and applies its gradients to θ."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # the main process hears them; if it dies, so does this one
+    # Hears no signals, but dies with the main process
     Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(args.num_threads)
     (theta,) = optimizer.param_groups[0]["params"]
@@ -347,7 +346,9 @@ def train_asynchronously(args, run, envs, agent, return_norm, optimizer):
     spawn = multiprocessing.get_context("spawn")
     steps_taken, lock, reports = torch.tensor(run.step), spawn.Lock(), spawn.Queue()
     given = args, run.step, agent, return_norm, optimizer, steps_taken, lock, reports
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # for the workers, for good
     workers = multiprocessing.spawn(work, given, args.num_workers, join=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     for process in workers.processes:
         run.callback(process.kill)
     ended = False

@@ -30,7 +30,7 @@ Compare with actor_critic.py, which puts a critic's estimate for the return and 
 
     python reinforce.py
     python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --baseline value \
-        --learning-rate 5e-3 --log-std-init -1 --normalize-obs
+        --learning-rate 5e-3 --gamma 0.99 --log-std-init -1 --normalize-obs
 """
 
 import math
@@ -80,7 +80,7 @@ class Args:
     importance: Literal["trajectory", "causal", "first_order"] = "trajectory"  # from the second step on
     learning_rate: float = 2e-3  # Adam's step size for the policy
     anneal_lr: bool = True  # lower learning_rate linearly, to 0 at the end
-    gamma: float = 0.99  # discount γ
+    gamma: float = 0.999  # discount γ
     critic_learning_rate: float = 2e-3  # Adam's step size for V
     critic_epochs: int = 20  # steps of V on each batch
     normalize_advantages: bool = True  # to mean 0 and deviation 1 in each batch

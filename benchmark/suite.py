@@ -35,7 +35,7 @@ STEPS = {  # environment steps; 1M on MuJoCo
 EVAL_EPISODES = {"Pendulum-v1": 100, "Acrobot-v1": 100}  # 20 elsewhere; there, start states differ more than policies
 
 CONTINUOUS = {  # for actions in a Box
-    "reinforce": "--baseline value --learning-rate 5e-3 --log-std-init -1 --normalize-obs",
+    "reinforce": "--baseline value --learning-rate 5e-3 --gamma 0.99 --log-std-init -1 --normalize-obs",
     "actor_critic": (
         "--num-steps 64 --learning-rate 2e-3 --log-std-init -1 --normalize-obs --normalize-advantages --compile"
     ),
