@@ -30,7 +30,7 @@ Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
     python ddpg.py --env-id Hopper-v5 --total-timesteps 300000 --lookahead 5 --hidden-size 128 \
         --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
         --compile
-    (HalfCheetah-v5, which cannot fall, with --lookahead 1 --hidden-size 256 --batch-size 256
+    (HalfCheetah-v5, of which a fall ends no episode, with --lookahead 1 --hidden-size 256 --batch-size 256
     --learning-starts 25000 --no-anneal-lr)
 """
 

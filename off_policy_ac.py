@@ -36,7 +36,7 @@ Compare with ddpg.py: the policy has no noise of its own there, and Q leads it a
         --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
         --compile --num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 \
         --ent-coef 0.1
-    (HalfCheetah-v5, which cannot fall, with --lookahead 1 --hidden-size 256 --batch-size 256
+    (HalfCheetah-v5, of which a fall ends no episode, with --lookahead 1 --hidden-size 256 --batch-size 256
     --learning-starts 25000 --no-anneal-lr)
 """
 

@@ -53,7 +53,7 @@ CONTINUOUS = {  # for actions in a Box
         "--log-std-init -1 --normalize-obs --compile"
     ),
 }
-REPLAY_CHEETAH = (  # which cannot fall, and which lookahead holds back
+REPLAY_CHEETAH = (  # of which a fall ends no episode: lookahead holds it back
     "--hidden-size 256 --batch-size 256 --tau 0.005 --no-anneal-lr --no-normalize-obs --no-normalize-rewards --compile "
     "--learning-starts 25000"
 )
