@@ -167,9 +167,8 @@ def a2c_loss(agent, obs, actions, advantages, returns, args: Args) -> tuple[Tens
     assert logprobs.shape == advantages.shape == values.shape == returns.shape
     policy_loss = -(logprobs * advantages).mean()
     value_loss = nn.functional.mse_loss(values, returns)
-    explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, [policy_loss, value_loss, entropy, explained]
+    return loss, [policy_loss, value_loss, entropy]
 
 
 def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -180,8 +179,8 @@ def flat_gradient(loss: Tensor, metrics: list, params: list, max_norm: float) ->
 
 
 METRICS = (  # in the order in which `train` has their values
-    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/explained_variance",
-    "losses/grad_norm",
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm",
+    "losses/explained_variance",
 )  # fmt: skip
 
 
@@ -264,6 +263,7 @@ def train(args: Args) -> dict[str, float]:
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(gather(advantages), correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -278,8 +278,8 @@ def train(args: Args) -> dict[str, float]:
             # 6. update the statistics, log, evaluate, save
             if args.normalize_obs:
                 agent.obs_norm.update(gather(obs), left)
-            row = metrics.clone()  # a CUDA graph overwrites them
-            run.end_iteration(METRICS, [row], learning_rate, args.log_interval)
+            metrics = torch.cat([metrics, explained[None]])  # a copy: a CUDA graph overwrites them
+            run.end_iteration(METRICS, [metrics], learning_rate, args.log_interval)
             stop = int(gather(torch.full((1, 1), run.signal)).max())  # which all processes have
         run.signal = stop or run.signal
         return run.metrics if rank else run.finish()
@@ -319,6 +319,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 values, next_values = agent.value(torch.stack([obs, next_obs]))
             advantages = gae(rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
             returns = advantages + values
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
             if args.normalize_advantages:
                 std, mean = torch.std_mean(advantages, correction=0)
                 advantages = (advantages - mean) / (std + 1e-8)
@@ -331,7 +332,7 @@ def work(k, args, start, shared, return_norm, optimizer, steps_taken, lock, repo
                 if args.normalize_obs:
                     shared.obs_norm.update(obs, left)
                 steps_taken += args.num_steps * args.num_envs
-            reports.put((envs.ended, metrics.tolist(), learning_rate))
+            reports.put((envs.ended, [*metrics.tolist(), explained.item()], learning_rate))
             envs.ended = []
 
 
