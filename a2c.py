@@ -10,15 +10,16 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
         4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  G_t = A_t + V(s_t)
            With λ = 1, as in the paper, G_t is the discounted sum of the rewards in the rollout, then V.
         5. one step of RMSprop on −mean log π(a|s) A + vf_coef (V − G)² − ent_coef H
-        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, so π can follow; log, evaluate, save
 
 A2C is synchronous. torchrun shares the N environments among processes, which average their gradients: the
-same step; the curves show the first one's episodes. A3C (--asynchronous) has K workers with N environments
+same step; the curves show the first one's share. A3C (--asynchronous) has K workers with N environments
 each. A worker acts with a copy θ' of the shared θ, and applies its gradient to θ, which others may have moved
 meanwhile. Who comes first is up to the machine: runs of one seed differ; resuming is right, not bit for bit.
 
-Beyond the paper: the losses are means, not sums; λ; rewards are normalised by default (V near 100 would take
-all of the clipped norm), observations and advantages can be; a worker of A3C holds a lock while it changes θ.
+Beyond the paper: the losses are means, not sums; λ; the gradient's norm is clipped; rewards are normalised by
+default (CartPole's V, near 100, would take all of that norm), observations and advantages can be; a worker of
+A3C holds a lock while it changes θ.
 
 Compare with actor_critic.py, which fits the critic first, and ppo.py, which takes many steps on each batch.
 
@@ -109,7 +110,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: for its len
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise) until an update: the actor in NumPy (change both); noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor again, in NumPy; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -161,7 +162,7 @@ def gae(rewards, values, next_values, terminated, dones, gamma: float, gae_lambd
 
 
 def a2c_loss(agent, obs, actions, advantages, returns, args: Args) -> tuple[Tensor, list]:
-    """−mean log π(a|s) A + vf_coef mean (V − G)² − ent_coef H (Algorithm S3), and what to log."""
+    """−mean log π(a|s) A + vf_coef mean (V − G)² − ent_coef H (S3, and the bonus), and what to log."""
     logprobs, entropy = agent.policy(obs, actions)
     values, entropy = agent.value(obs), entropy.mean()
     assert logprobs.shape == advantages.shape == values.shape == returns.shape
@@ -280,7 +281,7 @@ def train(args: Args) -> dict[str, float]:
                 agent.obs_norm.update(gather(obs), left)
             metrics = torch.cat([metrics, explained[None]])  # a copy: a CUDA graph overwrites them
             run.end_iteration(METRICS, [metrics], learning_rate, args.log_interval)
-            stop = int(gather(torch.full((1, 1), run.signal)).max())  # which all processes have
+            stop = int(gather(torch.full((1, 1), run.signal)).max())  # so that all processes stop together
         run.signal = stop or run.signal
         return run.metrics if rank else run.finish()
 
@@ -589,7 +590,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

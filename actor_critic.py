@@ -15,13 +15,14 @@ Sutton and Barto 2018, "Reinforcement Learning: An Introduction", chapters 7, 12
              gae          A_t = Σ_k (γλ)^k δ_{t+k}: all n mixed, with weights (1 − λ) λ^(n−1)
              monte_carlo  A_t = Σ_k γ^k r_{t+k} − V(s_t): least bias, most variance
         5. one Adam step on −mean log π(a_t|s_t) A_t − ent_coef H
-        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, so π can follow; log, evaluate, save
 
 No sum goes past the end of the episode or the batch; its last term is V(s'), 0 if terminal. n is lookahead.
 
 Online: with T = N = 1 each step is learnt from as it comes. Traces hand its δ on to the steps before (Sutton
 and Barto, page 332): e ← γλ e + ∇ log π(a|s), θ ← θ + α δ e; so for the critic with ∇V(s), λ = trace_decay.
-With --shared-network 4 and 5 are one step on the sum of the losses, with advantages of the critic before it.
+The critic has been fitted to these very rewards, which makes advantages a little too small. Not so with
+--shared-network: 4 and 5 are one step on the sum of the losses, with advantages of the critic before it.
 
 Beyond the sources: step t does not count γ^t times (reinforce.py tells why); Adam; the gradient's norm is
 clipped; rewards are normalised by default, observations and advantages can be.
@@ -115,7 +116,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: for its len
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
         if args.shared_network:
             self.critic = nn.Sequential(*self.actor[:-1], self.critic[-1])
@@ -141,7 +142,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise) until an update: the actor in NumPy (change both); noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor again, in NumPy; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -538,7 +539,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

@@ -20,9 +20,9 @@ white, or an Ornstein-Uhlenbeck process (noise_correlation) that begins anew wit
 
 Beyond the papers: Q sees the action in its first layer; neither weight decay nor batch normalisation; the
 first actions are uniform; white noise is the default (Fujimoto et al. 2018); observations and rewards are
-normalised by default. With lookahead n > 1, y = r_t + ... + γ^(n−1) r_{t+n−1} + γ^n Q'(s_{t+n}, μ'): the
-errors of Q that the actor looks for then weigh less, but older policies took the actions after the first
-(Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy Gradients", arXiv 1804.08617).
+normalised by default. With lookahead n > 1, y = r_t + ... + γ^(n−1) r_{t+n−1} + γ^n Q'(s_{t+n}, μ'): errors
+of Q, which the actor exploits, then weigh less, but older policies took all but the first action (Barth-Maron
+et al. 2018, "Distributed Distributional Deterministic Policy Gradients", arXiv 1804.08617).
 
 Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
 
@@ -30,7 +30,7 @@ Compare with off_policy_ac.py: a stochastic policy, whose own noise explores.
     python ddpg.py --env-id Hopper-v5 --total-timesteps 300000 --lookahead 5 --hidden-size 128 \
         --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
         --compile
-    (HalfCheetah-v5, of which a fall ends no episode, with --lookahead 1 --hidden-size 256 --batch-size 256
+    (HalfCheetah-v5, where a fall ends no episode: with --lookahead 1 --hidden-size 256 --batch-size 256
     --learning-starts 25000 --no-anneal-lr)
 """
 
@@ -75,7 +75,7 @@ class Args:
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
     log_interval: int = 200  # environment steps between two points of a curve
-    learning_starts: int = 1_000  # transitions in the replay buffer before the first update
+    learning_starts: int = 1_000  # transitions stored before the first update
     num_updates: int = 1  # updates after each step of all environments
     batch_size: int = 128  # transitions in the batch of an update
     buffer_size: int = 1_000_000  # transitions that are kept
@@ -99,7 +99,7 @@ class Args:
 
 
 def relu_mlp(fan_in: int, width: int, fan_out: int, gain: float) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, in the last times `gain`."""
+    """ReLU network with two hidden layers, PyTorch's initial weights; the last ones times `gain`, bias 0."""
     layers = nn.Linear(fan_in, width), nn.Linear(width, width), nn.Linear(width, fan_out)
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
@@ -288,7 +288,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
         if not envs.bounded:
             say("actions stay within 2 of the one bound that they have, or in [-1, 1] if they have none")
-        if args.learning_starts > min(args.total_timesteps, args.buffer_size):
+        if args.learning_starts > args.total_timesteps:
             say("nothing will be learnt: --learning-starts is not reached")
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +322,7 @@ def train(args: Args) -> dict[str, float]:
             return torch.cat([critic_metrics, actor_metrics])
 
         graphs = args.compile and flat.is_cuda
-        for adam in optimizers.values():  # after a checkpoint; on a GPU, fused is slow for one vector
+        for adam in optimizers.values():  # a checkpoint overwrites it; on a GPU, fused is slow for one vector
             adam.param_groups[0].update(fused=not graphs, capturable=graphs)
         if graphs:
             torch.cuda.set_device(flat.device)
@@ -569,7 +569,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

@@ -1,4 +1,4 @@
-r"""Off-policy actor-critic: with Q(s, a), transitions of all earlier policies are learnt from many times.
+r"""Off-policy actor-critic: Q(s, a) can be learnt, many times over, from what all earlier policies did.
 
 Degris, White and Sutton 2012, "Off-Policy Actor-Critic" (arXiv 1205.4839), theorem 1.
 Replay, target: Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning" (1509.02971).
@@ -10,7 +10,7 @@ Replay, target: Lillicrap et al. 2016, "Continuous Control with Deep Reinforceme
             3. draw a batch from the buffer
             4. one Adam step of the critic on mean (Q(s, a) − y)²,  y = r + γ E_{a' ~ π(·|s')} Q'(s', a')
             5. one Adam step of the actor on −ent_coef H plus, as actor_update says,
-                 resample         −mean log π(a|s) (Q(s, a) − b), with fresh a ~ π(·|s), not the stored one
+                 resample         −mean log π(a|s) (Q(s, a) − b), fresh a ~ π(·|s), b mean Q of the others
                  reparameterized  −mean Q(s, a), fresh a = tanh(μ_θ(s) + σ_θ(s) ε): a gradient through Q
                  importance       −mean π(a|s) / β(a|s) (Q(s, a) − E_π Q(s, ·)), with the stored a of policy β
             6. the target follows: φ' ← φ' + τ (φ − φ')
@@ -20,14 +20,13 @@ The expectations are sums over all actions if Discrete, means over num_samples d
 
 The naive algorithm, with r + γ V(s') as the target of V(s) and the stored a in the actor's step, is wrong
 twice. r and s' belong to the action of β, the mixture of all earlier policies: V becomes its value. And
-∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q, told a, with a' ~ π in y, puts the first right; a
-fresh action, or the weight π/β, the second. The states remain β's, and ∇Q^π is left out (theorem 1).
+∇ log π(a|s) A(s, a) with a ~ β favours what β did often. Q(s, a) with a' ~ π in y repairs the first, a fresh
+action, or the weight π/β, the second. The states remain β's, and ∇Q^π is left out (theorem 1).
 
 Beyond the paper: Q has a target, instead of gradient-TD; a Box has a = tanh(u), and the buffer holds u, so
-that tanh's slope cancels in π/β; observations and rewards are normalised by default (where all Q are near
-100, a policy is deterministic before Q can tell them apart). With lookahead n > 1, y has n rewards before
-γ^n Q': the errors of Q that the actor looks for then weigh less, but older policies took the actions after
-the first (Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy Gradients", 1804.08617).
+that tanh's slope cancels in π/β; observations and rewards are normalised by default. With lookahead n > 1,
+y has n rewards before γ^n Q': errors of Q, which the actor exploits, then weigh less, but older policies took
+the later actions (Barth-Maron et al. 2018, "Distributed Distributional Deterministic Policy Gradients").
 
 Compare with ddpg.py: the policy has no noise of its own there, and Q leads it as in `reparameterized`.
 
@@ -36,7 +35,7 @@ Compare with ddpg.py: the policy has no noise of its own there, and Q leads it a
         --batch-size 128 --tau 0.005 --learning-starts 10000 --no-normalize-obs --no-normalize-rewards \
         --compile --num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 \
         --ent-coef 0.1
-    (HalfCheetah-v5, of which a fall ends no episode, with --lookahead 1 --hidden-size 256 --batch-size 256
+    (HalfCheetah-v5, where a fall ends no episode: with --lookahead 1 --hidden-size 256 --batch-size 256
     --learning-starts 25000 --no-anneal-lr)
 """
 
@@ -82,7 +81,7 @@ class Args:
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
     log_interval: int = 200  # environment steps between two points of a curve
-    learning_starts: int = 1_000  # transitions in the replay buffer before the first update
+    learning_starts: int = 1_000  # transitions stored before the first update
     num_updates: int = 1  # updates after each step of all environments
     batch_size: int = 128  # transitions in the batch of an update
     buffer_size: int = 1_000_000  # transitions that are kept
@@ -108,7 +107,7 @@ class Args:
 
 
 def relu_mlp(fan_in: int, width: int, fan_out: int, gain: float) -> nn.Sequential:
-    """ReLU network with two hidden layers and PyTorch's initial weights, in the last times `gain`."""
+    """ReLU network with two hidden layers, PyTorch's initial weights; the last ones times `gain`, bias 0."""
     layers = nn.Linear(fan_in, width), nn.Linear(width, width), nn.Linear(width, fan_out)
     nn.init.zeros_(layers[2].bias)
     layers[2].weight.data.mul_(gain)
@@ -374,7 +373,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(args, envs, agent=agent, return_norm=return_norm, buffer=buffer, **optimizers)
         if not envs.discrete and not envs.bounded:
             say("actions stay within 2 of the one bound that they have, or in [-1, 1] if they have none")
-        if args.learning_starts > min(args.total_timesteps, args.buffer_size):
+        if args.learning_starts > args.total_timesteps:
             say("nothing will be learnt: --learning-starts is not reached")
 
         def critic_gradient(*batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +410,7 @@ def train(args: Args) -> dict[str, float]:
             return torch.cat([critic_metrics, actor_metrics])
 
         graphs = args.compile and flat.is_cuda
-        for adam in optimizers.values():  # after a checkpoint; on a GPU, fused is slow for one vector
+        for adam in optimizers.values():  # a checkpoint overwrites it; on a GPU, fused is slow for one vector
             adam.param_groups[0].update(fused=not graphs, capturable=graphs)
         if graphs:
             torch.cuda.set_device(flat.device)
@@ -432,8 +431,7 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     behaviour = [torch.from_numpy(x).to(device) for x in (obs, actions)]
                     behaviour_logprobs = agent.logprobs(*behaviour).cpu().numpy()
-            taken = actions if envs.discrete else np.tanh(actions)
-            *stepped, discounted_returns = envs.step(taken)
+            *stepped, discounted_returns = envs.step(actions if envs.discrete else np.tanh(actions))
             taken = obs, actions, behaviour_logprobs
             if rows := n_step_rows(queues, starts, taken, *stepped, args.lookahead, args.gamma):
                 buffer.add(*map(np.array, zip(*rows, strict=True)))
@@ -663,7 +661,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

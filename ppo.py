@@ -11,11 +11,11 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
             4. δ_t = r_t + γ V(s'_t) − V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l}  (PPO eq. 11),  G_t = A_t + V(s_t)
             5. for each minibatch: an Adam step on −L_clip + vf_coef (V − G)² − ent_coef H  (PPO eq. 9), where
                L_clip = mean min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π_θ(a|s) / π_old(a|s)  (PPO eq. 7)
-        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
+        6. update the observation statistics, by less as the rate falls, so π can follow; log, evaluate, save
 
 Beyond the paper: advantages are computed anew in every epoch with the newest critic (the paper: once) and
-normalised in every minibatch; the gradient's norm is clipped; rewards are normalised by default (V near 100
-would take all of the clipped norm), observations can be.
+normalised in every minibatch; the gradient's norm is clipped; rewards are normalised by default (CartPole's
+V, near 100, would take all of that norm), observations can be.
 
 Compare with a2c.py: one step on the whole batch, with log π A in the place of L_clip.
 
@@ -98,7 +98,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: for its len
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise) until an update: the actor in NumPy (change both); noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor again, in NumPy; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -483,7 +483,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

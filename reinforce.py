@@ -1,4 +1,4 @@
-r"""REINFORCE: make the actions of a good episode more likely and those of a bad one less, by the return.
+r"""REINFORCE: make actions more likely, or less, in proportion to the return of their episode.
 
 Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning".
 Sutton et al. 1999, "Policy Gradient Methods for Reinforcement Learning with Function Approximation".
@@ -11,20 +11,22 @@ so ∇ log p_θ(τ) = Σ_t ∇ log π_θ(a_t|s_t), and since ∇p = p ∇ log p,
     for each iteration:
         1. anneal the learning rate
         2. run the policy for one whole episode in each of N environments
-        3. Ψ_t is the return of the whole episode (weight trajectory), or of what follows a_t (reward_to_go)
-        4. subtract a baseline b that does not depend on the action: the same expectation, less variance
-        5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), with importance weights
-           after the first; for the baseline `value` then critic_epochs Adam steps on mean (V(s_t) − G_t)²
-        6. update the observation statistics, by less as the rate falls, for π to follow; log, evaluate, save
+        3. Ψ_t is the return of the whole episode (weight trajectory), or G_t of what follows (reward_to_go)
+        4. subtract a baseline b that does not depend on the action: the same expectation, less variance. The
+           mean of the others (average; at each t: time), the best constant (optimal), or V(s) (value)
+        5. update_epochs Adam steps on −(1/N) Σ_i Σ_t log π_θ(a_it|s_it) (Ψ_it − b), after the first weighted
+           by π_θ/π_old: its product over the episode (importance trajectory), up to t (causal), at t alone
+           (first_order); for `value` then critic_epochs Adam steps on mean (V(s_t) − G_t)²
+        6. update the observation statistics, by less as the rate falls, so π can follow; log, evaluate, save
 
 Discount: `start` weights the reward at t' with γ^t', as J does. `now`, which everybody uses, weights it with
 γ^(t'−t) for the action at t: late actions count as much as early ones, but it is the gradient of no function
-(Nota and Thomas 2019). A time limit is the horizon of J: nothing is bootstrapped. Each environment runs
-exactly one episode, and early ones wait: the first N to end would too often be short ones.
+(Nota and Thomas 2019, "Is the Policy Gradient a Gradient?"). A time limit is the horizon of J: nothing is
+bootstrapped. Each environment runs one episode: the first N to end would too often be short ones.
 
-Beyond the papers: Adam; advantages are normalised by default (by the batch, which biases a little), and
-observations can be. --demonstrations FILE first clones recorded behaviour: step 5 with all weights 1. The
-baseline `time` is the default: while all episodes fail alike its advantages are 0, those of `value` noise.
+Beyond the papers: Adam; advantages are normalised by default (by the batch: a little bias), observations can
+be; --demonstrations FILE first clones recorded behaviour: step 5 with all weights 1. While all episodes fail
+alike, the default baseline `time` makes all advantages 0, `value` noise.
 
 Compare with actor_critic.py, which puts a critic's estimate for the return and needs no whole episodes.
 
@@ -105,7 +107,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: for its len
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise) until an update: the actor in NumPy (change both); noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor again, in NumPy; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -154,7 +156,7 @@ def episode_weights(rewards: Tensor, gamma: float, weight: str, discount_from: s
     steps = torch.arange(len(rewards), dtype=rewards.dtype, device=rewards.device).unsqueeze(1)
     discount = gamma**steps if discount_from == "start" else torch.ones_like(steps)
     weights = discount * rewards_to_go(rewards, gamma)
-    if weight == "trajectory":  # and the rewards before t, which add variance: a_t cannot change them
+    if weight == "trajectory":  # with the rewards before t (`now`: undiscounted): more variance
         weights = weights + (discount * rewards).cumsum(0) - discount * rewards
     return weights, discount
 
@@ -213,7 +215,7 @@ def pseudo_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
 
 
 def reinforce_loss(agent, obs, actions, old_logprobs, advantages, mask, importance) -> tuple[Tensor, list]:
-    """The pseudo-loss of the steps in `mask`, all (T, N), under the present policy, and the first METRICS."""
+    """The pseudo-loss of the steps in `mask`, all (T, N), under the present policy, and what to log."""
     logprobs, entropy = agent.policy(obs, actions)
     logratio = (logprobs - old_logprobs) * mask
     policy_loss = pseudo_loss(logprobs, importance_weights(logratio, importance) * advantages * mask)
@@ -586,7 +588,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():

@@ -14,7 +14,7 @@ GAE: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalize
              dual         update_epochs Adam steps on −L + λ (KL − ε), then
                           λ ← max(0, λ + dual_step_size (KL − ε)), λ starts at 1
         6. fit the critic: critic_epochs passes of minibatches, each one Adam step on mean (V − G)²
-        7. update the observation statistics, by less as steps shrink, for π to follow; log, evaluate, save
+        7. update the observation statistics, by less as steps shrink, so π can follow; log, evaluate, save
 
 J(π) − J(π_old) = E_π[Σ_t γ^t A(s_t, a_t)] with the A of π_old, exactly. L takes the states from π_old, and ρ
 corrects the actions: right to first order (if step t counts γ^t times), so L is good where the KL is small.
@@ -23,9 +23,8 @@ The lecture's slides err: they print √(2ε / gᵀF g) without the inverse; two
 ½ dθᵀF dθ; they write KL(π‖π_old), of the same Hessian at π_old but other values; their λ can become negative.
 
 Beyond the paper: damping is added to F; √ε (dual: Adam's rate) falls linearly to 0, as no batch tells noise
-from a gradient; advantages and rewards (by default: Adam is slow to reach V near 100) are normalised,
-observations can be; Adam fits the critic after the policy's step: one that has seen the rewards makes
-advantages too small.
+from a gradient; rewards (by default) and advantages are normalised, observations can be; Adam fits the critic
+after the policy's step: one that has seen the rewards makes advantages too small.
 
 Compare with npg.py, which takes the step unchecked, and ppo.py, which clips ρ instead of bounding the KL.
 
@@ -76,7 +75,7 @@ class Args:
     max_episode_steps: int = 0  # time limit; 0: the environment's own
 
     num_steps: int = 256  # steps of each environment in a batch, T
-    constraint: Literal["line_search", "dual"] = "line_search"  # or Adam on a Lagrangian
+    constraint: Literal["line_search", "dual"] = "line_search"  # shorten the step, or Adam on a Lagrangian
     max_kl: float = 0.02  # ε: what a step of the policy may cost, in mean KL(π_old‖π)
     cg_iterations: int = 10  # steps of the conjugate gradient, each with one Fisher-vector product
     damping: float = 0.1  # added to the diagonal of F
@@ -116,7 +115,7 @@ class Agent(nn.Module):
         self.obs_norm = RunningNorm(envs.obs_dim) if args.normalize_obs else nn.Identity()
         self.actor = mlp(envs.obs_dim, args.hidden_size, envs.action_dim, gain=0.01)
         log_std = torch.full((envs.action_dim,), args.log_std_init)
-        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: for its len
+        self.log_std = nn.Buffer(log_std) if self.discrete else nn.Parameter(log_std)  # Discrete: its length
         self.critic = mlp(envs.obs_dim, args.hidden_size, 1, gain=1.0)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class Agent(nn.Module):
         return (-noise.exponential_().log() if self.discrete else noise.normal_()).numpy()
 
     def in_numpy(self):
-        """Returns act(obs, noise) until an update: the actor in NumPy (change both); noise 0: greedy."""
+        """Returns act(obs, noise), valid until an update: the actor again, in NumPy; noise 0: greedy."""
         tensors = *self.actor.parameters(), self.log_std.exp(), *[*self.obs_norm.buffers()][-2:]
         w1, b1, w2, b2, w3, b3, sigma, *norm = to_numpy(*tensors)  # 9 µs for few rows, PyTorch 43
 
@@ -203,7 +202,7 @@ def fisher_vector_product(agent: Agent, obs: Tensor, params: list[Tensor]):
 def conjugate_gradient(product, b: Tensor, iterations: int, tolerance: float = 1e-6) -> Tensor:
     """x with A x = b for a positive definite A, known from product(v) = A v (Hestenes and Stiefel 1952)."""
     x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
-    enough = tolerance**2 * square  # from there on x stays what it is: no host has to wait for a number
+    enough = tolerance**2 * square  # from here on x stays: to leave the loop, the host would have to wait
     for _ in range(iterations):
         image, unfinished = product(direction), square > enough
         curvature = direction @ image
@@ -248,7 +247,7 @@ def dual_ascent(multiplier: Tensor, kl: Tensor, max_kl: float, step_size: float)
 
 
 def surrogate_loss(agent, obs, actions, old_logprobs, advantages, old, ent_coef) -> tuple[Tensor, list]:
-    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and the first METRICS."""
+    """−L = −mean(ρ A) − ent_coef H, ρ = π(a|s) / π_old(a|s) (TRPO eq. 14), and what to log."""
     kl = kl_divergence(old, agent.distribution(obs))  # old: the `distribution` of π_old
     logprobs, entropy = agent.policy(obs, actions)
     assert logprobs.shape == old_logprobs.shape == advantages.shape
@@ -586,7 +585,7 @@ class Run(ExitStack):
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        differing = vars(self.args).items() ^ saved["args"].items()  # four of them do not shape the run
+        differing = vars(self.args).items() ^ saved["args"].items()  # of which only four may differ
         if changed := {flag for flag, _ in differing} - {"device", "num_threads", "run_dir", "resume"}:
             raise ValueError(f"it was begun with other values of {', '.join(sorted(changed))}")
         for name, part in self.parts.items():
