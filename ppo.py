@@ -267,7 +267,7 @@ def train(args: Args) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Below: tools, the same text in every script
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
 LONGEST = 100_000  # steps of an episode that has to end
 
 
@@ -318,17 +318,17 @@ def to_numpy(*tensors: Tensor) -> list[np.ndarray]:
     return [x.detach().numpy() for x in tensors]
 
 
-def say(line):
+def say(line, stream="stdout"):
     """Prints; that the reader went away or the disk is full does not end the training."""
     try:
-        print(line, flush=True)
+        print(line, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):
-        sys.stdout = None
+        setattr(sys, stream, None)
 
 
 def fail(sentence, status=2):
     """Exits; status 2 is for bad input, 1 for a run that went wrong."""
-    print(f"{SCRIPT}: {' '.join(sentence.splitlines())[:2000]}", file=sys.stderr)
+    say(f"{SCRIPT}: {' '.join(sentence.splitlines())[:2000]}", "stderr")
     raise SystemExit(status)
 
 
@@ -339,6 +339,8 @@ def check_ranges(args):
         least = field.type is int and not name.endswith(("seed", "_every", "_episodes", "_episode_steps"))
         least = {"log_std_init": -100, "max_grad_norm": 1e-6}.get(name, int(least))
         value = getattr(args, name)
+        if type(value) not in (str, bool, int, float):  # no other number can be read from a checkpoint
+            raise ValueError(f"--{name.replace('_', '-')} must be a plain number or text, not {value!r}")
         if not isinstance(value, str) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}")
 
@@ -366,6 +368,7 @@ class Envs:
     def __init__(self, stack, args, num_envs, first=0):
         self.name, self.gamma, self.steps, self.ended = args.env_id, args.gamma, 0, []
         self.first = first  # of these copies among those of several processes
+        self.cwd = Path.cwd()  # until an environment changes it
         options = {"max_episode_steps": args.max_episode_steps or None, "disable_env_checker": True}
         try:
             self.envs = [stack.enter_context(gym.make(self.name, **options)) for _ in range(num_envs)]
@@ -421,7 +424,7 @@ class Envs:
         for i in copies:
             action = actions[i] if self.discrete else actions[i, ...]  # an array, even of shape ()
             obs, reward, ended, truncated, _ = self.envs[i].step(action)
-            next_obs[i], reward = self.row(obs), np.asarray(reward).item()
+            next_obs[i], reward = self.row(obs), float(np.asarray(reward).item())
             total, length, discounted = self.episodes[i]
             self.episodes[i] = total + reward, length + 1, reward + self.gamma * discounted
             rewards[i], discounted_returns[i] = reward, self.episodes[i][2]
@@ -446,25 +449,26 @@ class Run(ExitStack):
         self.pid = os.getpid()
         name = time.strftime(f"seed{args.seed}__%Y-%m-%d_%H-%M-%S_{time.time_ns() % 10**9:09d}")
         self.dir = Path(args.run_dir or f"runs/{args.env_id}/{SCRIPT}/{name}")
-        self.path = self.dir / "checkpoint.pt"
+        folder = envs.cwd / self.dir
+        self.path = folder / "checkpoint.pt"
         if args.resume and not args.run_dir:
             fail("--resume needs --run-dir, the run to continue")
         try:
-            self.dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
-            if not os.access(self.dir, os.W_OK):
+            folder.mkdir(parents=True, exist_ok=bool(args.run_dir))
+            if not os.access(folder, os.W_OK):
                 raise PermissionError("it cannot be written")
-            if any(self.dir.iterdir()) and not args.resume:
+            if any(folder.iterdir()) and not args.resume:
                 raise FileExistsError("it is not empty; --resume continues its run")
             if self.path.exists():
                 self.load()
-            self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+            self.writer = self.enter_context(SummaryWriter(folder, purge_step=self.step + 1))
         except Exception as error:
             fail(f"--run-dir {self.dir} cannot be used: {type(error).__name__} {error}")
         self.writer.add_text("flags", "\n".join(f"    {flag} {value}" for flag, value in vars(args).items()))
         with suppress(ValueError):  # only the main thread can set handlers
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.callback(signal.signal, signum, signal.signal(signum, self.on_signal))
-        self.push(lambda _, error, __: error and error.add_note(f"{args.env_id}, after step {envs.steps:,}"))
+        self.push(self.on_error)
         envs.steps = self.first_step = self.logged = self.step
         envs.reset(args.seed, 0, self.iteration)
         self.clock = time.perf_counter()
@@ -479,6 +483,15 @@ class Run(ExitStack):
             os.kill(os.getpid(), signum)
         with suppress(OSError, ValueError, AttributeError):  # print() cannot be interrupted by itself
             os.write(sys.stdout.fileno(), b"stopping after this iteration; once more: at once\n")
+
+    def on_error(self, _, error, __):
+        """Says where it happened; once a signal has come, which ends environments' processes too, saves."""
+        if isinstance(error, Exception):
+            error.add_note(f"{self.args.env_id}, after step {self.envs.steps:,}")
+            if self.signal:
+                self.finish()
+        if isinstance(error, SystemExit) and not error.code:
+            fail(f"{self.args.env_id} ended the process after step {self.envs.steps:,}", 1)
 
     def load(self):
         """Takes everything from the checkpoint, or raises what is wrong with it."""
@@ -568,7 +581,7 @@ class Run(ExitStack):
 
 
 if __name__ == "__main__":
-    if sys.stdout:
+    with suppress(AttributeError):  # if closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # Greek letters, where the terminal has none
     train(tyro.cli(Args, description=__doc__))
 

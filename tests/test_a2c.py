@@ -51,6 +51,14 @@ class Recorder(gym.Env):
     def __init__(self):
         self.path, self.taken = os.environ.get("RECORD", os.devnull), 0
         self.copies.append(self)
+        if "CHILD" in os.environ:
+            self.child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(99,))
+            self.child.start()
+
+    def close(self):
+        if "CHILD" in os.environ:
+            self.child.terminate()
+            self.write("close", self.child.join())
 
     def write(self, *what):
         with open(self.path, "a") as file:
@@ -164,12 +172,14 @@ def here(monkeypatch):
         (fakes.norm,) = (x for x in given if isinstance(x, a2c.RunningNorm))
         (fakes.optimizer,) = (x for x in given if isinstance(x, torch.optim.Optimizer))
         fakes.prepare()
+        handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
         for k in range(count):
             with suppress(InterruptedError), torch.random.fork_rng([]):
                 function(k, *given)
+        fakes.leave([signal.signal(*each) for each in handlers])
         return SimpleNamespace(processes=[], join=lambda *_, **__: True)
 
-    fakes = SimpleNamespace(prepare=lambda: None)
+    fakes = SimpleNamespace(prepare=lambda: None, leave=lambda _: None)
     value = lambda _, x: SimpleNamespace(value=x)  # noqa: E731
     context = SimpleNamespace(Lock=threading.Lock, Queue=queue.Queue, Value=value)
     parent = SimpleNamespace(is_alive=lambda: True, join=threading.Event().wait)
@@ -205,7 +215,6 @@ def test_a_worker_computes_at_its_copy_and_changes_what_is_shared_under_the_lock
 
     def others(env):
         assert not here.lock.locked()
-        assert {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
         if disturbed and env.taken == 5 and env is Recorder.copies[7]:
             (theta,) = here.optimizer.param_groups[0]["params"]
             theta.data += torch.linspace(-1, 1, len(theta))
@@ -238,7 +247,7 @@ def test_no_two_workers_seeds_or_resumed_runs_have_the_same_noise(here, tmp_path
     monkeypatch.setattr(a2c.Agent, "noise", lambda *given: drawn.append(noise(*given)) or drawn[-1])
     for seed, resume, step in ((1, 0, 64), (1, 1, 128), (2, 0, 64), (3, 0, 64), (3, 1, 128)):
         stops = seed == 3 and not resume
-        here.prepare = lambda stops=stops: stops and os.kill(os.getpid(), signal.SIGTERM)
+        here.leave = lambda _, stops=stops: stops and os.kill(os.getpid(), signal.SIGTERM)
         with suppress(SystemExit):
             train(tmp_path / str(seed), asynchronous=True, num_workers=2, seed=seed, resume=resume > 0)
         assert saved(tmp_path / str(seed))["step"] == step
@@ -309,12 +318,14 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path, here):
     """And the run goes on from there."""
     record, flags = tmp_path / "record", TWO | {"total_timesteps": 10**6, "checkpoint_every": 0}
     flags |= {"run_dir": str(tmp_path / "run"), "resume": True}
-    with start(flags, cwd=tmp_path, RECORD=str(record)) as child:
+    with start(flags, cwd=tmp_path, RECORD=str(record), CHILD="yes") as child:
         while not record.exists() or len(records(record)) < 400:
             assert child.poll() is None
             time.sleep(0.02)
-        os.killpg(child.pid, signal.SIGTERM)  # as Ctrl-C in a terminal: to the workers, too
+        for pid in {child.pid, *pids(record)}:  # as Ctrl-C in a terminal: to the workers, too
+            os.kill(pid, signal.SIGTERM)
         _, err = child.communicate(timeout=30)
+    assert sum(what == "close" for _, _, what, *_ in records(record)) == 3 * 2
     state = saved(tmp_path / "run")
     assert child.returncode == 143
     assert err.startswith(f"a2c: stopped at step {state['step']:,}; add --run-dir {tmp_path}")

@@ -160,21 +160,6 @@ def test_seconds_of_the_parts_of_a_killed_run(tmp_path: Path) -> None:
     assert run.seconds_before(tmp_path) == 42
 
 
-def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the last line of the log; by the rate of the pair, else of the script, else of all."""
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "committed" / "results")
-    pairs = ("a2c", CARTPOLE), ("a2c", "Acrobot-v1"), ("npg", CARTPOLE)
-    jobs = [job(tmp_path, *pair, steps=2000) for pair in pairs]
-    assert (jobs[0].fraction_done(), jobs[0].expected_seconds()) == (0, 0.2)  # there is nothing to go by
-    for env, script, seconds in ((CARTPOLE, "a2c", 10), ("Pendulum-v1", "a2c", 30), (CARTPOLE, "ppo", 50)):
-        write(tmp_path / "committed", env, script, result(1, seconds=seconds))
-    assert [one.expected_seconds() for one in jobs] == pytest.approx([20, 40, 60])
-    jobs[0].directory.mkdir(parents=True)
-    log = jobs[0].directory.with_suffix(".log")
-    log.write_text("x\n  9%  step 9  1 steps/s\n 45%  step 45  1 steps/s\nevaluated 88%")
-    assert jobs[0].fraction_done() == 0.45
-
-
 def test_a_run_waits_for_a_process_that_outlived_its_sweep(tmp_path: Path) -> None:
     """Which holds the lock of its log; when it is gone the result that it left is found."""
     one, found = job(tmp_path), []
@@ -288,16 +273,6 @@ def test_figure_to_beat() -> None:
     assert published.Figure(100, 10, 4, 1, "CleanRL").interval == pytest.approx((90.2, 109.8))
     assert {script for script, _ in published.PUBLISHED} <= {*suite.SCRIPTS, *published.NEAREST.values()}
     assert {x.source for figures in published.PUBLISHED.values() for x in figures} <= published.SOURCES.keys()
-
-
-def test_a_method_has_one_colour() -> None:
-    """Its variants and its peer have shades of it and other lines; no two methods share one."""
-    assert len({report.look(script)["palette"] for script in suite.SCRIPTS}) == len(suite.SCRIPTS)
-    for name in report.NAMES:
-        base = name.removeprefix("sb3-").partition("-")[0]
-        ours, theirs = report.look(name), report.look(base)
-        assert np.allclose(*(np.divide(x["palette"], max(*x["palette"], 1e-9)) for x in (ours, theirs)))
-        assert (ours["dashes"] == theirs["dashes"]) == (name == base)
 
 
 def test_report_of_a_part_of_a_sweep(tmp_path: Path) -> None:

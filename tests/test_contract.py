@@ -23,6 +23,7 @@ import tomllib
 from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
+from decimal import Decimal
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -53,19 +54,15 @@ TABLE = {
     "ppo": Script("q_loss", "--num-minibatches=7", 7),
 }
 SCRIPTS = list(TABLE)
-METRICS = re.findall(
-    r"\S+",
-    """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate
-    losses/policy_loss losses/value_loss losses/q_loss losses/entropy losses/approx_kl losses/clipfrac
-    losses/grad_norm losses/explained_variance eval/episodic_return eval/episodic_length""",
-)
-COMMON = set(
-    re.findall(
-        r"\w+",
-        """env_id seed total_timesteps num_envs device num_threads compile run_dir
-    resume checkpoint_every eval_every eval_episodes max_episode_steps""",
-    )
-)
+METRICS = [
+    "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate",
+    *(f"losses/{x}" for x in ("policy_loss", "value_loss", "q_loss", "entropy", "approx_kl", "clipfrac")),
+    "losses/grad_norm", "losses/explained_variance", "eval/episodic_return", "eval/episodic_length",
+]  # fmt: skip
+COMMON = {
+    "env_id", "seed", "total_timesteps", "num_envs", "device", "num_threads", "compile", "run_dir", "resume",
+    "checkpoint_every", "eval_every", "eval_episodes", "max_episode_steps",
+}  # fmt: skip
 # A run of about two iterations of at most 128 steps; of these flags a script has some
 TINY = {
     "baseline": "value",  # of reinforce, which then has a critic
@@ -109,7 +106,7 @@ class Toy(gym.Env):
         reward = self.reward or -float(np.abs(action - np.ravel(self.obs)[0] / 4).sum())
         self.obs, self.total = self.look(), self.total + float(np.asarray(reward).item())
         done = self.time == self.end
-        self.discounted = 0.9 * self.discounted + np.asarray(reward).item()
+        self.discounted = 0.9 * self.discounted + float(np.asarray(reward).item())
         self.ended += [(Toy.clock, self.total, self.time)] * done
         result = self.obs, reward, done and self.end % 3 != 1, done and self.end % 3 != 2, {}
         self.record.append((action, np.array(self.obs), self.discounted, *result[1:4]))
@@ -133,7 +130,8 @@ UNSUPPORTED = {
     "Dict-v0": (Dict(a=BOX), TWO), "Tuple-v0": (Tuple((BOX, TWO)), TWO), "Bits-v0": (MultiBinary(3), TWO),
     "MultiDiscrete-v0": (BOX, MultiDiscrete([2, 3])), "IntegerBox-v0": (BOX, Box(0, 5, (2,), int)),
 }  # fmt: skip
-REWARDS = [1, True, np.float64(1), np.int8(1), np.array(1.0), np.array([1.0]), np.array([[1]], np.float16)]
+REWARDS = [1, True, np.float64(1), np.int8(1), np.array(1.0), np.array([[1]], np.float16), Decimal(1)]
+
 KINDS = {
     "Toy-v0": {}, "Toy1-v0": {"length": 1}, "Toy20-v0": {"length": 20}, "One-v0": {"obs": Box(1, 1, (3,))},
     "Endless-v0": {"endless_from": 0}, "EndlessEvaluation-v0": {"endless_from": 2},
@@ -141,6 +139,8 @@ KINDS = {
     "Stop-v0": {"flaw": lambda *result: (Toy.clock > 151 or os.kill(os.getpid(), signal.SIGTERM), result)[1]},
     "Half3000-v0": {"reward": np.float16(1), "length": 3000},
     "Single300-v0": {"reward": np.float32(0.1), "length": 3000},
+    "Exit-v0": {"flaw": lambda *_: sys.exit()},
+    "Interrupted-v0": {"flaw": lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1 / 0},  # its process, too
     "NaN-v0": {"flaw": lambda obs, *more: (obs * math.nan, *more)},
     "Restart-v0": {"start": math.nan},
     "Inf-v0": {"flaw": lambda obs, reward, *more: (obs, -math.inf, *more)},
@@ -154,6 +154,7 @@ KINDS = {
 for env_id, kwargs in KINDS.items():
     gym.register(env_id, Toy, kwargs=kwargs)
 gym.register("Single-v0", lambda: Toy() if not Toy.made else 1 / 0)
+gym.register("Moves-v0", lambda: os.chdir("/") or Toy())
 SECONDS = itertools.count()
 every = pytest.fixture(params=SCRIPTS, name="name")(lambda request: request.param)  # test_...(name)
 
@@ -253,9 +254,8 @@ def run(*command, **environ):
     return result.returncode, result.stdout, result.stderr
 
 
-def state(run_dir="run"):  # without the flags
-    saved = torch.load(f"{run_dir}/checkpoint.pt", weights_only=True)
-    return {key: value for key, value in saved.items() if key != "args"}
+def state(run_dir="run"):
+    return {**torch.load(f"{run_dir}/checkpoint.pt", weights_only=True), "args": {}}  # without the flags
 
 
 def same(a, b):
@@ -375,6 +375,8 @@ def test_bad_input_is_refused_in_one_sentence(name):
     for word in (TABLE[name].bad, "--typo=1", "--gamma=nan", "--seed=1.5"):
         refused(name, word.split("=")[0], words=[word])
     args = importlib.import_module(name).Args
+    with pytest.raises(ValueError, match="--gamma"):
+        args(gamma=np.float64(0.5))  # which no checkpoint may hold
     for field in fields(args):
         least = 1 - field.name.startswith(("seed", "max_episode", "checkpoint", "eval"))
         numbers = {int: [-1, least - 1], float: [math.nan, math.inf, -1.0]}.get(field.type, [])
@@ -403,7 +405,7 @@ def test_a_bad_observation_reward_or_loss_ends_the_run(name, flaw):
     assert all(x.isfinite().all() for x in tree_flatten(state())[0] if isinstance(x, torch.Tensor))
 
 
-def test_environments_are_made_when_needed_and_closed(name):
+def test_environments_are_made_when_needed_and_closed_whatever_they_do(name, tmp_path):
     train(name, env_id="Single-v0", num_envs=1)
     with pytest.raises(ZeroDivisionError):
         train(name, "two", env_id="Single-v0")
@@ -413,6 +415,14 @@ def test_environments_are_made_when_needed_and_closed(name):
     assert [env.closed for env in Toy.made] == [1] * len(Toy.made)
     status, err = process(name, env_id="Four-v0", run_dir="process")
     assert (status, "Four-v0" in err.splitlines()[-1]) == (1, True)
+    Toy.clock = 0
+    with pytest.raises(SystemExit, match=r"(?m)^130$"):
+        train(name, "interrupted", env_id="Interrupted-v0", total_timesteps=512)
+    assert state("interrupted")["step"] >= 100
+    refused(name, "Exit-v0", status=1, env_id="Exit-v0", run_dir="exit", total_timesteps=512)
+    train(name, "here", env_id="Moves-v0")
+    os.chdir(tmp_path)
+    assert {path.name[:13] for path in Path("here").iterdir()} == {"checkpoint.pt", "events.out.tf"}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of the float16 toy's observations
@@ -521,6 +531,13 @@ def test_terminals_threads_and_default_folders(name, monkeypatch):
     assert "eval/episodic_return" in curves("full")
     with mock.patch.object(sys, "stdout", None):  # closed
         train(name)
+    gone = mock.Mock(write=mock.Mock(side_effect=BrokenPipeError))
+    with mock.patch.object(sys, "stderr", gone), pytest.raises(SystemExit, match=r"(?m)^2$"):
+        train(name)  # where there is a run
+    words = typed(flags_of(name, run_dir="cell"))
+    with mock.patch.object(sys, "argv", [name, *words]), redirect_stdout(io.StringIO()) as cell:
+        exec((ROOT / f"{name}.py").read_text("utf-8"), {"__name__": "__main__"})  # as in a notebook
+    assert "notebook on Toy-v0" in cell.getvalue()
     status, out, _ = cli(name, "--help")
     assert (status, [flag for flag in ("--env-id", "--seed", "--resume") if flag not in out]) == (0, [])
     monkeypatch.setattr(time, "strftime", lambda text, *_, show=time.strftime: show(text, time.gmtime(0)))
