@@ -78,6 +78,7 @@ class Recorder(gym.Env):
             raise InterruptedError
         if Recorder.hook:
             Recorder.hook(self)
+        assert "CHILD" not in os.environ or self.child.is_alive()
         before, self.length = self.obs, self.length + 1
         push, noise = float(np.tanh(np.sum(action) - 1)), self.np_random.normal(size=2)
         self.obs = (0.6 * before + [push, 0.5] * noise + [1, 2]).astype(np.float32)
@@ -322,8 +323,7 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(tmp_path, here):
         while not record.exists() or len(records(record)) < 400:
             assert child.poll() is None
             time.sleep(0.02)
-        for pid in {child.pid, *pids(record)}:  # as Ctrl-C in a terminal: to the workers, too
-            os.kill(pid, signal.SIGTERM)
+        os.killpg(child.pid, signal.SIGTERM)  # as Ctrl-C: to the workers and their environments' processes, too
         _, err = child.communicate(timeout=30)
     assert sum(what == "close" for _, _, what, *_ in records(record)) == 3 * 2
     state = saved(tmp_path / "run")
