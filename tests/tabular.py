@@ -138,7 +138,8 @@ class Given:
 
     def __init__(self, batches: list[Batch]) -> None:
         rows = ([x[t].numpy() for x in batch] for batch in batches for t in range(len(batch.obs)))
-        self.rows, self.steps, self.ended, self.episodes = [Batch(*row) for row in rows], 0, [], [(0.0, 0, 0.0)]
+        self.rows, self.steps, self.ended = [Batch(*row) for row in rows], 0, []
+        self.cwd, self.episodes = "", [(0.0, 0, 0.0)]
 
     def reset(self, *_: int) -> None:
         self.obs = self.rows[0].obs

@@ -375,11 +375,9 @@ def test_bad_input_is_refused_in_one_sentence(name):
     for word in (TABLE[name].bad, "--typo=1", "--gamma=nan", "--seed=1.5"):
         refused(name, word.split("=")[0], words=[word])
     args = importlib.import_module(name).Args
-    with pytest.raises(ValueError, match="--gamma"):
-        args(gamma=np.float64(0.5))  # which no checkpoint may hold
     for field in fields(args):
         least = 1 - field.name.startswith(("seed", "max_episode", "checkpoint", "eval"))
-        numbers = {int: [-1, least - 1], float: [math.nan, math.inf, -1.0]}.get(field.type, [])
+        numbers = {int: [-1, least - 1], float: [math.nan, math.inf, -1.0, np.float64(0.5)]}.get(field.type, [])
         beyond = {"gamma": [1.001], "gae_lambda": [1.001], "hidden_size": [10_001], "max_grad_norm": [0.0]}
         numbers += beyond.get(field.name, [])
         for number in numbers:
