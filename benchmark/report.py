@@ -51,8 +51,7 @@ REPORT = """# Results
 Greedy policy at the end of the budget, over 20 episodes (Pendulum and Acrobot 100), the same ones in every
 evaluation. Seeds are the replicates; intervals are percentiles of a bootstrap. Maximum: mean over seeds of
 the best of 20 evaluations. Seconds: median of the whole process, evaluations included; steps a second leave
-them and the compilation out. Code: the commit, where the scripts were older ones. In the figures, a line is
-the IQM over seeds, a shade its interval.
+them and the compilation out. In the figures, a line is the IQM over seeds, a shade its interval.
 
 {figures}
 
@@ -93,7 +92,7 @@ def load(folder: Path) -> pd.DataFrame:
                 result = json.loads(path.read_text())
                 steps = max(map(int, result["evaluations"]))
                 row = {tag: None for tag, _ in PLOTS.values()} | {"env": env, "script": name, "steps": steps}
-                rows.append(row | {"commit": ""} | result | result["diagnostics"])
+                rows.append(row | result | result["diagnostics"])
     return pd.DataFrame(rows)
 
 
@@ -137,7 +136,7 @@ def row_of_returns(env: str, script: str, runs: pd.DataFrame) -> list[str]:
     ends = runs.final_return.to_numpy()
     row = [env, script, f"{runs.steps.iloc[0]:,}", f"{label(ends.mean())} ({label(*ends)})"]
     row += [f"{label(iqm(ends))} [{label(*bootstrap(iqm, ends))}]", label(runs.max_return.mean())]
-    return [*row, f"{runs.seconds.median():.0f}", f"{runs.steps_per_second.median():,.0f}", runs.commit.iloc[0]]
+    return [*row, f"{runs.seconds.median():.0f}", f"{runs.steps_per_second.median():,.0f}"]
 
 
 def row_of_published(env: str, script: str, runs: pd.DataFrame) -> list[str]:
@@ -172,7 +171,7 @@ def table(head: str, row: Callable, frame: pd.DataFrame) -> str:
 def text(frame: pd.DataFrame, figures: list[str]) -> str:
     """The report."""
     versions = {" ".join(pair) for versions in frame.versions for pair in versions.items()}
-    returns = "environment | script | steps | mean return (seeds) | IQM [95 %] | maximum | seconds | steps/s | code"
+    returns = "environment | script | steps | mean return (seeds) | IQM [95 %] | maximum | seconds | steps/s"
     published = "environment | script | steps | mean [95 %] | published | source | published is"
     thresholds = "environment | threshold | script | seeds that reach it | steps | seconds"
     return REPORT.format(

@@ -96,11 +96,11 @@ def test_commands_are_accepted(script: str) -> None:
 
 
 def test_committed_results_are_those_of_the_suite() -> None:
-    """But for those that name the commit of older scripts; and the report is that of these results."""
+    """And the report is that of these results."""
     for path in RESULTS.glob("*/*/seed*.json"):
         result = json.loads(path.read_text())
         command = suite.command(path.parts[-2], path.parts[-3], int(path.stem[4:]))
-        assert "commit" in result or result["command"] == shlex.join(["python", *command]), path
+        assert result["command"] == shlex.join(["python", *command]), path
     assert report.text(report.load(RESULTS), report.FIGURES) == (RESULTS / "report.md").read_text()
     assert all((RESULTS / name).exists() for name in report.FIGURES)
 

@@ -41,18 +41,15 @@ def assert_shown(runs: list[dict], average: str, seeds: str, seconds: str) -> No
 
 
 def test_returns_are_those_of_the_results():
-    """Each row: mean (each seed), median seconds; of peers, here and there. None is left out.
-
-    ¹: by the first edition of the scripts; ²: by other flags than the script's for a Box.
-    """
+    """Each row: mean (each seed), median seconds; of peers, here and there; ¹: not by the script's flags for a Box."""
     found = set()
-    pattern = r"^\| `(\w+)\.py`(?: \((\w+)\))?( [¹²])? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
+    pattern = r"^\| `(\w+)\.py`(?: \((\w+)\))?( ¹)? \| ([\w-]+) \| ([\d,]+) \| (\S+) \((.*?)\) \| (\d+) \|$"
     for script, variant, mark, env, steps, *shown in rows_of(pattern):
         name = f"{script}-{variant}" if variant else script
         runs = runs_of(env, name)
         usual = (*suite.CONTINUOUS.values(), "")
         exception = script in suite.CONTINUOUS and not variant and suite.flags(script, env) not in usual
-        assert mark == (" ¹" if "commit" in runs[0] else " ²" if exception else "")
+        assert mark == (" ¹" if exception else "")
         assert f"--total-timesteps {steps.replace(',', '')} " in runs[0]["command"]
         assert_shown(runs, *shown)
         found.add((env, name))
