@@ -64,7 +64,7 @@ REPLAY = (
 ONE_DRAW = "--num-envs 1 --learning-rate 1e-3 --actor-update reparameterized --num-samples 1 --ent-coef 0.1"  # MuJoCo
 FLAGS = {
     **{(script, env): flags for script, flags in CONTINUOUS.items() for env in ("Pendulum-v1", *MUJOCO, *OTHERS[:3])},
-    # With --normalize-obs both solve it within 100,000 steps, and lose it again: footnote 2 of README.md here
+    # With --normalize-obs both solve it within 50,000 steps, and npg often loses it: footnote 1 of README.md here
     **{(x, "InvertedPendulum-v5"): CONTINUOUS[x].replace(" --normalize-obs", "") for x in ("npg", "trpo")},
     ("actor_critic-online", "CartPole-v1"): (
         "--num-envs 1 --num-steps 1 --trace-decay 0.9 --learning-rate 3e-4 --critic-learning-rate 1e-3 "
