@@ -21,7 +21,7 @@ Compare with a2c.py: one step on the whole batch, with log π A in the place of 
 
     python ppo.py
     python ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 4 --num-steps 512 \
-        --num-minibatches 16 --update-epochs 10 --learning-rate 7e-4 --ent-coef 0.004 --log-std-init -1 \
+        --num-minibatches 16 --update-epochs 10 --learning-rate 7e-4 --ent-coef 0.004 --log-std-init -0.5 \
         --normalize-obs --compile
 """
 

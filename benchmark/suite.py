@@ -50,7 +50,7 @@ CONTINUOUS = {  # for actions in a Box
     ),
     "ppo": (
         "--num-envs 4 --num-steps 512 --num-minibatches 16 --update-epochs 10 --learning-rate 7e-4 --ent-coef 0.004 "
-        "--log-std-init -1 --normalize-obs --compile"
+        "--log-std-init -0.5 --normalize-obs --compile"
     ),
 }
 REPLAY_CHEETAH = (  # of which a fall ends no episode: lookahead holds it back
